@@ -1,0 +1,1 @@
+"""The compiled code of linrnn, installed as `linrnn.kernels`."""

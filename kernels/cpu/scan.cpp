@@ -1,0 +1,1 @@
+int linrnn_placeholder() { return 0; }

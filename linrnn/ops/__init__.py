@@ -1,0 +1,5 @@
+"""The recurrences, as functions: `(inputs, initial_state) -> (output, final_state)`."""
+
+from linrnn.ops.diagonal_scan import diagonal_scan, reset_from_cu_seqlens
+
+__all__ = ["diagonal_scan", "reset_from_cu_seqlens"]
