@@ -1,0 +1,149 @@
+"""The cache of generated data sets: made once, checked on every load, shared by concurrent runs.
+
+A data set is a folder `<cache>/<task>/<key>` of Arrow files in the format of `datasets`, one folder per split, with a
+manifest.json that holds the configuration, the rows per split and the SHA-256 of every file. The key is a hash of the
+configuration, so a changed option is another data set. The folder appears by renaming a finished temporary one: it is
+complete or absent, whatever interrupts the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from lra.tasks import ListOps
+
+SPLITS = ("train", "val", "test")
+MANIFEST = "manifest.json"
+
+
+class CacheError(RuntimeError):
+    """A cached data set is damaged; the message names the file and the cure."""
+
+
+def default_cache_dir() -> Path:
+    """Returns $LRA_CACHE, or `lra` in $XDG_CACHE_HOME or in ~/.cache."""
+    if given := os.environ.get("LRA_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lra"
+
+
+def data_key(task: ListOps) -> str:
+    """Returns the first 12 hexadecimal digits of the SHA-256 of what decides the task's data."""
+    canonical = json.dumps(task.data_config(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def data_dir(task: ListOps, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Returns the folder in which the task's data set is, or would be."""
+    return Path(cache_dir or default_cache_dir()).expanduser() / task.name / data_key(task)
+
+
+def load(
+    task: ListOps,
+    cache_dir: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    force: bool = False,
+) -> dict[str, Dataset]:
+    """Returns the splits train, val and test of a task, memory-mapped, generating them first if they are not cached.
+
+    Args:
+        task: what to load.
+        cache_dir: folder of all data sets; None for `default_cache_dir()`.
+        workers: threads that generate; None for one per core. The data do not depend on it.
+        force: generate even if cached, replacing what is there.
+
+    Raises:
+        CacheError: the cached files are not those that were written.
+        ValueError: the task cannot be generated as configured.
+    """
+    from filelock import FileLock
+
+    folder = data_dir(task, cache_dir)
+    if force or not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if force or not folder.exists():  # another process may have made it while this one waited
+                _write(task, folder, workers)
+    return _read(task, folder)
+
+
+def _write(task: ListOps, folder: Path, workers: int | None) -> None:
+    """Generates into a temporary folder beside `folder`, then puts it in place. Call it under the lock."""
+    for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a process that was killed
+        shutil.rmtree(left)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+    try:
+        made = temporary / "new"
+        splits = task.generate(workers)
+        for name in SPLITS:
+            _save(splits[name], made / name)
+        files = [path for path in sorted(made.rglob("*")) if path.is_file()]
+        manifest = {
+            "config": task.data_config(),
+            "rows": {name: len(splits[name]) for name in SPLITS},
+            "sha256": {path.relative_to(made).as_posix(): _sha256(path) for path in files},
+        }
+        (made / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            folder.rename(temporary / "old")
+        made.rename(folder)
+    finally:
+        shutil.rmtree(temporary)
+
+
+def _save(split: Dataset, folder: Path) -> None:
+    import datasets
+
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # writing takes a fraction of a second
+    try:
+        split.save_to_disk(folder)
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _read(task: ListOps, folder: Path) -> dict[str, Dataset]:
+    import datasets
+
+    manifest = _manifest(task, folder)
+    for name, expected in manifest["sha256"].items():
+        path = folder / name
+        if not path.is_file():
+            raise _damaged(task, path, "is missing")
+        if _sha256(path) != expected:
+            raise _damaged(task, path, "has changed since it was written (its SHA-256 differs)")
+    return {name: datasets.load_from_disk(folder / name) for name in SPLITS}
+
+
+def _manifest(task: ListOps, folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise _damaged(task, path, "is missing")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["config"] != task.data_config():
+            raise _damaged(task, path, "describes another data set")
+        if not {f"{name}/state.json" for name in SPLITS} <= set(manifest["sha256"]):
+            raise _damaged(task, path, "lacks the checksums of a split")
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(task, path, "cannot be read as a manifest") from error
+    return manifest
+
+
+def _damaged(task: ListOps, path: Path, what: str) -> CacheError:
+    return CacheError(f"{path} {what}; generate the data again: lra data {task.name} --force")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,25 @@
+"""The tasks of the Long Range Arena: frozen dataclasses that describe a data set and can make it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from lra.tasks.listops import ListOps
+
+__all__ = ["TASKS", "ListOps", "build_task"]
+
+TASKS: dict[str, type[ListOps]] = {"listops": ListOps}
+
+
+def build_task(name: str, **options: object) -> ListOps:
+    """Returns the task called `name` with these options.
+
+    Raises:
+        ValueError: unknown name or option, or an option out of range.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; the tasks are: {', '.join(TASKS)}")
+    allowed = [field.name for field in fields(TASKS[name])]
+    if unknown := sorted(set(options) - set(allowed)):
+        raise ValueError(f"unknown option {unknown[0]!r} of task {name!r}; the options are: {', '.join(allowed)}")
+    return TASKS[name](**options)  # type: ignore[arg-type]
