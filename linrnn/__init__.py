@@ -4,7 +4,8 @@ Dimension legend, the same in every docstring, comment and einsum of the package
 B batch, T time, D width, N state, H heads, K key, V value, C chunk.
 """
 
-from linrnn import ops
-
 __version__ = "0.1.0"
-__all__ = ["__version__", "ops"]
+
+from linrnn import layers, models, ops
+
+__all__ = ["__version__", "layers", "models", "ops"]

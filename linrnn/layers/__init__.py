@@ -1,0 +1,61 @@
+"""Layers with one contract (`base.RecurrentLayer`), by name: `build("lru", d_model=64)`."""
+
+import inspect
+from typing import Any
+
+from linrnn.layers.attention import Attention, AttentionState
+from linrnn.layers.base import RecurrentLayer, State
+from linrnn.layers.lru import LRU, LRUState
+from linrnn.layers.slru import SLRU, SLRUState
+
+LAYERS: dict[str, type[RecurrentLayer]] = {
+    "attention": Attention,
+    "lru": LRU,
+    "slru": SLRU,
+}
+
+
+def available() -> list[str]:
+    """Returns the names that `build` takes."""
+    return sorted(LAYERS)
+
+
+def layer_class(name: str) -> type[RecurrentLayer]:
+    """Returns the class of a registered layer, or raises ValueError listing the names."""
+    if name not in LAYERS:
+        raise ValueError(f"name: no layer is called {name!r}, expected one of {', '.join(available())}")
+    return LAYERS[name]
+
+
+def options(name: str) -> list[str]:
+    """Returns the keyword arguments of a registered layer, without d_model."""
+    return [p for p in inspect.signature(layer_class(name)).parameters if p != "d_model"]
+
+
+def build(name: str, d_model: int, **kwargs: Any) -> RecurrentLayer:
+    """Builds a layer by its registry name; `d_model` alone is enough if it is a multiple of 16.
+
+    Raises:
+        ValueError: an unknown name or keyword, listing what is allowed, or a value that the layer refuses.
+    """
+    unknown = sorted(set(kwargs) - set(options(name)))
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: unknown to {name!r}, expected some of {', '.join(options(name))}")
+    return layer_class(name)(d_model, **kwargs)
+
+
+__all__ = [
+    "LAYERS",
+    "LRU",
+    "SLRU",
+    "Attention",
+    "AttentionState",
+    "LRUState",
+    "RecurrentLayer",
+    "SLRUState",
+    "State",
+    "available",
+    "build",
+    "layer_class",
+    "options",
+]

@@ -1,0 +1,15 @@
+"""Models made of layers, and what it takes to train and compare them."""
+
+from linrnn.models.backbone import SequenceBackbone
+from linrnn.models.classifier import SequenceClassifier
+from linrnn.models.optim import count_params, match_params, param_groups
+from linrnn.models.pretrained import Pretrained
+
+__all__ = [
+    "Pretrained",
+    "SequenceBackbone",
+    "SequenceClassifier",
+    "count_params",
+    "match_params",
+    "param_groups",
+]
