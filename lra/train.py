@@ -1,0 +1,258 @@
+"""One run under Lightning's Trainer: batches, optimiser, evaluations, checkpoints, exact resume.
+
+Everything random is a function of (seed, step), and everything that happens at a step (update, evaluation, row of
+metrics, checkpoint) happens at the end of that step's batch, so the checkpoint of step s holds all of steps 1 to s and
+nothing of step s + 1: a run resumed from it equals an uninterrupted one bit for bit (same machine, same threads).
+"""
+
+import logging
+import math
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from linrnn.models import param_groups
+from lra.batches import Batch, BatchStream, Tokens, stream_seed
+from lra.config import Cell
+from lra.evaluate import Scorer, evaluate
+from lra.files import write_csv, write_whole
+from lra.interrupt import Flag, Interrupted, listening
+from lra.objectives import Net, Score
+from lra.progress import Progress
+
+# Where the classification metric of best weights is kept, and the state a run resumes from.
+BEST, LAST, METRICS = "best.safetensors", "last.ckpt", "metrics.csv"
+
+
+class Trainee(LightningModule):
+    """The network, its objective and its optimiser, for the steps of one cell."""
+
+    def __init__(self, net: Net, score: Scorer, cell: Cell):
+        super().__init__()
+        self.net, self.score, self.cell = net, score, cell
+        self.plan = cell.plan()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(stream_seed(self.cell.seed, "noise", self.global_step))
+        score = self.score(self.net, batch, generator)
+        return {"loss": score.mean, "score": Score(*(part.detach() for part in score))}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optim, lr = self.cell.optim, self.cell.lr
+        optimizer = torch.optim.AdamW(param_groups(self.net, lr, optim.weight_decay), lr=lr)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(self.cell, step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["plan"] = self.plan
+        checkpoint["threads"] = torch.get_num_threads()
+
+
+def lr_factor(cell: Cell, step: int) -> float:
+    """Learning rate at `step` (from 0) over its peak: a linear rise, then constant or half a cosine down to 0."""
+    warmup = round(cell.optim.warmup * cell.steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if cell.optim.schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(cell.steps - warmup, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+class Stream(LightningDataModule):
+    """The batch stream; its whole state is the step it has reached."""
+
+    def __init__(self, stream: BatchStream):
+        super().__init__()
+        self.stream = stream
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.stream, batch_size=None)
+
+    def state_dict(self) -> dict[str, int]:
+        assert self.trainer is not None
+        return {"step": self.trainer.global_step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.stream.start = state_dict["step"]
+
+
+class Recorder(Callback):
+    """Keys the dropout to the step, keeps the metrics, scores the validation split, writes weights and checkpoints."""
+
+    def __init__(self, folder: Path, cell: Cell, val: Tokens, flag: Flag, progress: Progress):
+        self.folder, self.cell, self.val, self.flag, self.progress = folder, cell, val, flag, progress
+        self.rows: list[dict[str, float]] = []
+        self.best: dict[str, float] = {}
+        self.sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, count since the last row
+        self.tokens, self.squares, self.seconds = 0, 0, 0.0
+        self.since = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "best": self.best,
+            "sums": self.sums.tolist(),
+            "tokens": self.tokens,
+            "squares": self.squares,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.__dict__.update(state_dict)
+        self.sums = torch.tensor(state_dict["sums"], dtype=torch.float64)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.sums = self.sums.to(pl_module.device)
+        self.since = time.monotonic()
+        if self.rows:
+            self.progress.note(self.rows[-1]["train_loss"], self.rows[-1]["val_accuracy"])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        torch.manual_seed(stream_seed(self.cell.seed, "dropout", trainer.global_step))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        step, cell = trainer.global_step, self.cell
+        self.sums += torch.stack([part.double() for part in outputs["score"]])
+        lengths = batch.mask.sum(1)
+        self.tokens += int(lengths.sum())
+        self.squares += int((lengths**2).sum())
+
+        last = step == cell.steps
+        if last or step % cell.eval_every == 0:
+            self._evaluate(pl_module, step)
+        now = time.monotonic()
+        self.seconds, self.since = self.seconds + now - self.since, now
+        stop = self.flag.signum
+        if last or stop is not None or step % cell.budget.checkpoint_every == 0:
+            write_whole(self.folder / LAST, trainer.save_checkpoint)
+        if stop is not None and not last:
+            raise Interrupted(f"stopped at step {step} of {cell.steps}", stop)
+
+    def _evaluate(self, pl_module: LightningModule, step: int) -> None:
+        assert isinstance(pl_module, Trainee)
+        loss, correct, count = self.sums.tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the training loss is {loss} at step {step}: lower the learning rate (now {self.cell.lr})"
+            )
+        scored = evaluate(pl_module.net, pl_module.score, self.val, self.cell.seed, self.flag)
+        row = {
+            "step": step,
+            "train_loss": loss / max(count, 1),
+            "train_accuracy": correct / max(count, 1),
+            "val_loss": scored["loss"],
+            "val_accuracy": scored["accuracy"],
+        }
+        self.rows = [*self.rows, row]
+        self.sums = torch.zeros_like(self.sums)
+        self.progress.note(row["train_loss"], row["val_accuracy"])
+        # Of equal scores the earlier one stays: less training for the same.
+        if not self.best or row["val_accuracy"] > self.best["val_accuracy"]:
+            self.best = row
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in pl_module.net.state_dict().items()}
+            write_whole(self.folder / BEST, lambda path: save_file(weights, path))
+        write_csv(self.folder / METRICS, self.rows)
+
+
+def fit(
+    net: Net, score: Scorer, cell: Cell, train: Tokens, val: Tokens, folder: Path, *, accelerator: str = "auto"
+) -> dict[str, Any]:
+    """Trains `net` for the steps of `cell`, resuming from `last.ckpt` in `folder` if it is there.
+
+    Leaves `metrics.csv`, `best.safetensors` (the weights of the best validation accuracy, the earliest of equals) and
+    `last.ckpt` in `folder`; returns the curve, the best row, tokens, squared lengths, seconds, and the device.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; the state is saved first.
+        ValueError: `last.ckpt` is damaged or belongs to another configuration.
+        FloatingPointError: the loss is no longer finite.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # advertisements and device listings
+    trainee = Trainee(net, score, cell)
+    last = folder / LAST
+    if last.exists():
+        check_resumable(last, trainee.plan)
+    with listening() as flag, warnings.catch_warnings():
+        # The stream is in memory: workers would only copy it. And the last two come from inside the libraries.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+        progress = Progress(cell.key, cell.steps)
+        recorder = Recorder(folder, cell, val, flag, progress)
+        trainer = Trainer(
+            accelerator=accelerator,
+            devices=1,
+            max_epochs=-1,
+            max_steps=cell.steps,
+            gradient_clip_val=cell.optim.clip,
+            callbacks=[recorder, progress],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+        )
+        stream = BatchStream(train, cell.optim.batch_size, cell.seed)
+        trainer.fit(
+            trainee, datamodule=Stream(stream), ckpt_path=str(last) if last.exists() else None, weights_only=True
+        )
+    return {
+        "curve": recorder.rows,
+        "best": recorder.best,
+        "tokens": recorder.tokens,
+        "squares": recorder.squares,
+        "seconds": recorder.seconds,
+        "device": _device_name(trainer.strategy.root_device),
+    }
+
+
+def check_resumable(path: Path, plan: dict[str, Any]) -> None:
+    """Refuses a checkpoint that is damaged or of another configuration, naming what differs."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        theirs, threads = checkpoint["plan"], checkpoint["threads"]
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it to start this run again") from error
+    if differences := plan_differences(theirs, plan):
+        raise ValueError(
+            f"{path} is a checkpoint of another run ({'; '.join(differences)}); move it away to start this run again"
+        )
+    if threads != torch.get_num_threads():
+        warnings.warn(
+            f"{path} was written with {threads} threads and is resumed with {torch.get_num_threads()}: "
+            f"the last bits of the result may differ",
+            stacklevel=2,
+        )
+
+
+def plan_differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
+    """The keys on which two plans differ: `model.d_model is 32 there, 64 here`."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = [*ours, *(k for k in theirs if k not in ours)]
+        pairs = ((theirs.get(k), ours.get(k), f"{name}.{k}".lstrip(".")) for k in keys)
+        return [difference for pair in pairs for difference in plan_differences(*pair)]
+    return [] if theirs == ours else [f"{name} is {theirs!r} there, {ours!r} here"]
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def tensor_differences(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> list[str]:
+    """The tensors that two state dictionaries do not share, by name and shape."""
+    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (theirs, ours)]
+    return plan_differences(*shapes)
