@@ -1,1 +1,0 @@
-int linrnn_placeholder() { return 0; }

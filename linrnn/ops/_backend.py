@@ -1,0 +1,60 @@
+"""Which implementation runs: the choice behind `backend="auto"`, and the errors and warnings around it."""
+
+import functools
+import warnings
+
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "triton")
+
+
+class BackendUnavailable(ValueError, RuntimeError):
+    """The backend asked for cannot run here: wrong as an argument, because of this machine or these tensors."""
+
+
+class FallbackWarning(UserWarning):
+    """A compiled kernel is missing, so a slower form runs. Shown once, with the cure."""
+
+
+def choose(backend: str, x: Tensor, available: tuple[str, ...]) -> str:
+    """The backend that runs for x: `backend` itself, checked, or the fastest available one for "auto".
+
+    `available` names the compiled backends that the op has. Raises ValueError for an unknown name and
+    BackendUnavailable for one that cannot run on x.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend in ("reference", "torch"):
+        return backend
+    if backend == "auto":
+        if x.device.type != "cpu" or "cpu" not in available:
+            return "torch"
+        reason = _cpu_library_missing()
+        if reason is None:
+            return "cpu"
+        _warn_once(f"running in pure torch, several times slower: {reason}")
+        return "torch"
+    if backend not in available:
+        raise BackendUnavailable(f"backend={backend!r} has no kernel for this op; use 'auto', or one of {available}")
+    if x.device.type != "cpu":
+        raise BackendUnavailable(f"backend='cpu' runs on CPU tensors, got tensors on {x.device}; use backend='auto'")
+    reason = _cpu_library_missing()
+    if reason is not None:
+        raise BackendUnavailable(f"backend='cpu' cannot run here: {reason}")
+    return "cpu"
+
+
+@functools.cache
+def _cpu_library_missing() -> str | None:
+    from linrnn.kernels.cpu import KernelUnavailable, library
+
+    try:
+        library()
+    except KernelUnavailable as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, FallbackWarning, stacklevel=4)

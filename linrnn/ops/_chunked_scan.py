@@ -1,0 +1,69 @@
+"""The diagonal scan in plain torch: any device, any dtype, chunks of time in parallel."""
+
+import math
+
+import torch
+from torch import Tensor
+
+MAX_CHUNK = 64
+
+
+def chunked_scan(
+    a: Tensor, x: Tensor, initial_state: Tensor | None, flags: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """h in x's dtype and the final state in the state dtype; not differentiable (it writes in place).
+
+    Time is cut into n chunks of C: C steps on all chunks at once give each chunk's scan from a zero state and its
+    product of a; n steps carry the states across; C steps add the carried state, decayed, to each chunk.
+    """
+    if reverse:
+        h, final_state = chunked_scan(*flip_time(a, x), initial_state, None if flags is None else flags.flip(1), False)
+        return h.flip(1), final_state
+    B, T, D = x.shape
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if flags is not None:
+        a, x = effective(a.to(dtype), x, flags)
+    a = a.to(dtype if x.is_complex() and a.is_complex() or not x.is_complex() else a.dtype)
+    s = x.new_zeros(B, D, dtype=dtype) if initial_state is None else initial_state
+    h = x.new_empty(B, T, D, dtype=dtype)
+    C = min(MAX_CHUNK, math.isqrt(T)) or 1
+    n = T // C
+    if n > 0:
+        local = h[:, : n * C].unflatten(1, (n, C))
+        xs = x[:, : n * C].unflatten(1, (n, C)).unbind(2)
+        decays = (a,) * C if a.ndim == 1 else a[..., : n * C, :].unflatten(-2, (n, C)).unbind(-2)
+        q = x.new_zeros(B, n, D, dtype=dtype)
+        p = torch.ones_like(decays[0])
+        for j in range(C):
+            q = xs[j] + decays[j] * q
+            p = decays[j] * p
+            local[:, :, j] = q
+        p = p.expand(*q.shape[:-1], D) if p.ndim < 3 else p
+        before = torch.empty_like(q)  # the state before each chunk
+        for i in range(n):
+            before[:, i] = s
+            s = q[:, i] + p[:, i] * s
+        for j in range(C):
+            before = decays[j] * before
+            local[:, :, j] += before
+    for t in range(n * C, T):
+        s = x[:, t] + (a if a.ndim == 1 else a[..., t, :]) * s
+        h[:, t] = s
+    return h.to(x.dtype), s.clone()
+
+
+def effective(a: Tensor, x: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
+    """a (B, T, D) and x without flags: a reset zeroes a, a padded token has a = 1 (0 if also reset) and x = 0."""
+    reset, hold = split_flags(flags)
+    a = torch.where(hold, torch.ones_like(a), a)
+    return torch.where(reset, torch.zeros_like(a), a), torch.where(hold, torch.zeros_like(x), x)
+
+
+def split_flags(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """The bits (reset, hold) of flags (B, T), as (B, T, 1) bool."""
+    return (flags & 1).bool()[..., None], (flags & 2).bool()[..., None]
+
+
+def flip_time(a: Tensor, *sequences: Tensor) -> tuple[Tensor, ...]:
+    """a (D,), (T, D) or (B, T, D) and tensors (B, T, D), last token first."""
+    return (a if a.ndim == 1 else a.flip(-2), *(v.flip(1) for v in sequences))
