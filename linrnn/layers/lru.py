@@ -89,7 +89,7 @@ class LRU(RingRNN):
             nn.init.normal_(self.D)
 
     def state_spec(self) -> StateSpec:
-        return {"h": ((self.d_state,), accumulation_dtype(self.nu_log.dtype).to_complex())}
+        return {"h": ((self.d_state,), torch.promote_types(self.nu_log.dtype, torch.complex64))}
 
     def recurrent_parameters(self) -> tuple[str, ...]:
         return ("nu_log", "theta_log", "gamma_log")

@@ -1,0 +1,5 @@
+"""Recurrent decoding: states as values."""
+
+from linrnn.decode import state
+
+__all__ = ["state"]
