@@ -1,9 +1,10 @@
 """The cache of generated data sets: made once, checked on every load, shared by concurrent runs.
 
 A data set is a folder `<cache>/<task>/<key>` of Arrow files in the format of `datasets`, one folder per split, with a
-manifest.json that holds the configuration, the rows per split and the SHA-256 of every file. The key is a hash of the
-configuration, so a changed option is another data set. The folder appears by renaming a finished temporary one: it is
-complete or absent, whatever interrupts the work.
+manifest.json: the configuration, rows and a SHA-256 of the values per split (the same on every machine, whatever the
+versions of the file format), and the SHA-256 of every file. The key is a hash of the configuration, so a changed option
+is another data set. The folder appears by renaming a finished temporary one: it is complete or absent, whatever
+interrupts the work.
 """
 
 from __future__ import annotations
@@ -68,12 +69,13 @@ def load(
     from filelock import FileLock
 
     folder = data_dir(task, cache_dir)
-    if force or not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if force or not folder.exists():  # another process may have made it while this one waited
-                _write(task, folder, workers)
-    return _read(task, folder)
+    if folder.exists() and not force and not os.access(folder.parent, os.W_OK):
+        return _read(task, folder)  # nobody here can write to a shared, read-only cache, so nothing is to be locked
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if force or not folder.exists():
+            _write(task, folder, workers)
+        return _read(task, folder)
 
 
 def _write(task: ListOps, folder: Path, workers: int | None) -> None:
@@ -90,7 +92,8 @@ def _write(task: ListOps, folder: Path, workers: int | None) -> None:
         manifest = {
             "config": task.data_config(),
             "rows": {name: len(splits[name]) for name in SPLITS},
-            "sha256": {path.relative_to(made).as_posix(): _sha256(path) for path in files},
+            "values": {name: _values_sha256(splits[name]) for name in SPLITS},
+            "files": {path.relative_to(made).as_posix(): _sha256(path) for path in files},
         }
         (made / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
@@ -116,7 +119,7 @@ def _read(task: ListOps, folder: Path) -> dict[str, Dataset]:
     import datasets
 
     manifest = _manifest(task, folder)
-    for name, expected in manifest["sha256"].items():
+    for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise _damaged(task, path, "is missing")
@@ -133,7 +136,7 @@ def _manifest(task: ListOps, folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["config"] != task.data_config():
             raise _damaged(task, path, "describes another data set")
-        if not {f"{name}/state.json" for name in SPLITS} <= set(manifest["sha256"]):
+        if not {f"{name}/state.json" for name in SPLITS} <= set(manifest["files"]):
             raise _damaged(task, path, "lacks the checksums of a split")
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(task, path, "cannot be read as a manifest") from error
@@ -147,3 +150,18 @@ def _damaged(task: ListOps, path: Path, what: str) -> CacheError:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _values_sha256(split: Dataset) -> str:
+    """Hashes the columns in the order of their names: name, type and values; lists are flattened."""
+    import pyarrow as pa
+
+    digest = hashlib.sha256()
+    table = split.with_format("arrow")[:]
+    for name in sorted(table.column_names):
+        column = table.column(name).combine_chunks()
+        digest.update(f"{name}: {column.type}\n".encode())
+        while pa.types.is_list(column.type):
+            column = column.flatten()
+        digest.update(column.to_numpy().tobytes())
+    return digest.hexdigest()

@@ -66,14 +66,8 @@ class ListOps:
             value = getattr(self, field.name)
             if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
                 raise TypeError(f"{field.name} must be an integer, got {value!r}")
-        for name, least in (
-            ("n_train", 1),
-            ("n_val", 1),
-            ("n_test", 1),
-            ("max_depth", 2),
-            ("min_args", 1),
-            ("seed", 0),
-        ):
+        least_of = {"n_train": 1, "n_val": 1, "n_test": 1, "max_depth": 2, "min_args": 1, "min_length": 1, "seed": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.max_args < self.min_args:

@@ -3,7 +3,7 @@
 A tree is drawn from the root down: a node above the depth cap is an operator with probability p, else a uniform digit;
 an operator is uniform in MIN, MAX, MED, SM and has a uniform number of arguments. Trees outside the length bounds are
 drawn again, duplicates dropped. Lengths depend on shapes alone, so shapes are drawn and rejected first, for a block of
-trees at once and level by level; operators and digits are filled in afterwards, which leaves the distribution unchanged.
+trees at once and level by level; operators and digits are filled in afterwards, and the distribution is unchanged.
 
 Block b depends on (seed, b) only, through PCG64 and integer arithmetic, so the trees do not depend on the number of
 workers nor on the NumPy version.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CLOSE, OPERATOR, DIGIT = 2, 3, 7  # token ids: "X", the first of four operators, the first of ten digits
 MIN, MAX, MED, SM = range(4)
 
-_BLOCK_NODES = 1 << 20  # about so many nodes are drawn at once
+_BLOCK_TREES, _BLOCK_NODES = 1 << 12, 1 << 20  # at most so many trees, and about so many nodes, are drawn at once
 _DRY_BLOCKS = 64  # so many blocks in a row without one new tree end the search
 
 
@@ -79,7 +79,8 @@ class _Draw:
 def draw_block(task: ListOps, block: int) -> Trees:
     """Returns the accepted trees of one block, duplicates included."""
     draw = _Draw(task.seed, 0, block)
-    levels, depth = _draw_shapes(task, draw, max(_BLOCK_NODES // task.max_tree_length, 1))
+    n = min(max(_BLOCK_NODES // task.max_tree_length, 1), _BLOCK_TREES)
+    levels, depth = _draw_shapes(task, draw, n)
     return _fill(draw, levels, depth)
 
 
