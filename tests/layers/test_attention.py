@@ -1,0 +1,130 @@
+"""Attention against the formula written out; the common properties are in test_contract.py."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linrnn.layers import Attention
+from linrnn.layers.attention import rotate
+
+
+def naive(layer: Attention, x: Tensor) -> Tensor:
+    """Softmax attention over one sequence x (T, D), pair by pair of tokens, with complex rotations."""
+    T, D = x.shape
+    H, K = layer.n_heads, D // layer.n_heads
+    q, k, v = ((x @ W.T).view(T, H, K) for W in layer.qkv.weight.chunk(3))
+    frequency = 0 if layer.rope_base is None else layer.rope_base ** (-2 * torch.arange(K // 2, dtype=x.dtype) / K)
+
+    def turned(z: Tensor, t: int) -> Tensor:
+        return torch.complex(z[: K // 2], z[K // 2 :]) * torch.exp(1j * t * torch.as_tensor(frequency))
+
+    o = torch.zeros(T, H, K, dtype=x.dtype)
+    for h in range(H):
+        for t in range(T):
+            seen = range(t + 1) if layer.causal else range(T)
+            logits = [(turned(q[t, h], t) * turned(k[j, h], j).conj()).real.sum() / math.sqrt(K) for j in seen]
+            weights = torch.stack(logits).softmax(0)
+            o[t, h] = sum(w * v[j, h] for w, j in zip(weights, seen, strict=True))
+    return o.view(T, D) @ layer.out.weight.T
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("rope_base", [10000.0, 50.0, None])
+def test_equals_the_formula(bidirectional: bool, rope_base: float | None) -> None:
+    layer = Attention(16, n_heads=2, rope_base=rope_base, bidirectional=bidirectional).double()
+    x = torch.randn(7, 16, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x[None])[0][0], naive(layer, x), rtol=1e-10, atol=1e-10)
+
+
+def test_rotation_keeps_norms_and_depends_on_distance() -> None:
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
+
+    def score(m: int, n: int) -> Tensor:
+        return (rotate(q, torch.tensor([[m]]), 10000.0) * rotate(k, torch.tensor([[n]]), 10000.0)).sum()
+
+    torch.testing.assert_close(score(5, 2), score(1005, 1002), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(score(5, 2), score(5, 3))
+    torch.testing.assert_close(rotate(q, torch.tensor([[77]]), 10000.0).norm(), q.norm())
+    torch.testing.assert_close(rotate(q, torch.tensor([[0]]), 10000.0), q)
+
+
+def test_without_positions_the_order_does_not_matter() -> None:
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    order = torch.randperm(9)
+    for rope_base in (None, 10000.0):
+        layer = Attention(16, rope_base=rope_base, bidirectional=True).double()
+        assert torch.allclose(layer(x)[0][:, order], layer(x[:, order])[0]) == (rope_base is None)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_plain_calls_make_no_mask(bidirectional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = F.scaled_dot_product_attention
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    layer = Attention(16, bidirectional=bidirectional)
+    layer(torch.randn(2, 9, 16))
+    layer(torch.randn(2, 9, 16), mask=torch.ones(2, 9, dtype=torch.bool))
+    assert calls[0]["attn_mask"] is None
+    assert calls[0]["is_causal"] is not bidirectional
+    assert calls[1]["attn_mask"].numel() == (2 * 9 if bidirectional else 2 * 9 * 9)  # padding alone: a row of keys
+
+
+def test_cache_holds_each_token_once() -> None:
+    layer = Attention(32)
+    _, state = layer(torch.randn(2, 9, 32))
+    _, state = layer.step(torch.randn(2, 32), state)
+    assert state.k.shape == state.v.shape == (2, 10, 2, 16)
+    assert state.valid.all()
+    assert state.position.tolist() == [10, 10]
+    reset = torch.zeros(2, 4, dtype=torch.bool)
+    reset[1, 3] = True
+    _, state = layer(torch.randn(2, 4, 32), state, reset=reset)
+    assert state.valid.sum(1).tolist() == state.position.tolist() == [14, 1]
+
+
+def test_dropout_in_training_only() -> None:
+    layer, x = Attention(16, dropout=0.5), torch.randn(2, 9, 16)
+    assert not torch.equal(layer(x)[0], layer(x)[0])
+    layer.eval()
+    assert torch.equal(layer(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("d_model", range(16, 1025, 16))
+def test_default_heads(d_model: int) -> None:
+    layer = Attention(d_model)
+    assert 16 <= layer.d_head <= 64 and layer.d_head % 2 == 0
+    assert layer.n_heads * layer.d_head == d_model
+    assert layer.n_heads >= min(4, d_model // 16)
+
+
+def test_causal_false_is_bidirectional() -> None:
+    x = torch.randn(2, 9, 16)
+    one, other = Attention(16, causal=False), Attention(16, bidirectional=True)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one(x)[0], other(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("d_model", "kwargs", "message"),
+    [
+        (16, {"n_heads": 0}, "n_heads: expected an integer >= 1, got 0"),
+        (16, {"n_heads": 3}, "n_heads: expected a divisor of d_model = 16, got 3"),
+        (15, {"n_heads": 5}, "n_heads: rotary positions need an even head width, got .* 3"),
+        (17, {}, "n_heads: no even head width .* divides d_model = 17"),
+        (16, {"rope_base": 0.0}, r"rope_base: expected a number > 0 or None, got 0\.0"),
+        (16, {"dropout": 1.0}, r"dropout: expected a number in \[0, 1\), got 1\.0"),
+    ],
+)
+def test_bad_values(d_model: int, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Attention(d_model, **kwargs)
