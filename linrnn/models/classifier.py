@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linrnn.layers.base import describe, positive_int
+from linrnn.layers.base import accumulation_dtype, describe, positive_int
 from linrnn.models.backbone import SequenceBackbone
 from linrnn.models.pretrained import Pretrained
 
@@ -165,7 +165,8 @@ def pool(h: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
         return h.mean(1) if pooling == "mean" else h[:, -1] if pooling == "last" else h.amax(1)
     count = mask.sum(1, keepdim=True)  # (B, 1)
     if pooling == "mean":
-        weight = mask / count.clamp(min=1)  # (B, T): weights first, a sum of 1000s of features overflows fp16
+        # weights first, since a sum of thousands of features overflows fp16
+        weight = mask.to(accumulation_dtype(h.dtype)) / count.clamp(min=1)  # (B, T)
         return (weight.to(h.dtype)[:, None] @ h)[:, 0]
     if pooling == "max":
         best = h.masked_fill(~mask[..., None], float("-inf")).amax(1)
