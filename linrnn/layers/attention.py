@@ -94,11 +94,12 @@ class Attention(RecurrentLayer):
     ) -> tuple[Tensor, State]:
         """Maps x (B, T, D) and a state to y (B, T, D) and the state after the last token (None if bidirectional)."""
         self.check_inputs(x, state, reset, mask)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, self.d_head)).unbind(2)  # (B, T, H, K) each
+        qk, v = self.qkv(x).unflatten(-1, (3, self.n_heads, self.d_head)).split((2, 1), 2)  # (B, T, 2 and 1, H, K)
         plain = state is None and reset is None and mask is None
         position, next_position = positions(x, state and state.position, reset, mask)  # (1 or B, T), (B)
         if self.rope_base is not None:
-            q, k = rotate(q, position, self.rope_base), rotate(k, position, self.rope_base)
+            qk = rotate(qk, position, self.rope_base)
+        (q, k), v = qk.unbind(2), v.squeeze(2)  # (B, T, H, K) each
         if state is not None:
             # the cache takes the dtype of the activations, which autocast may have changed
             k, v = torch.cat((state.k.to(k.dtype), k), 1), torch.cat((state.v.to(v.dtype), v), 1)  # (B, S + T, H, K)
@@ -175,11 +176,11 @@ def valid_after(x: Tensor, valid: Tensor | None, reset: Tensor | None, mask: Ten
 
 
 def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
-    """Turns x (B, T, H, K) by its positions (1 or B, T): the two halves of K are the two coordinates of the pairs."""
+    """Turns x (B, T, 2, H, K), both q and k, by positions (1 or B, T): the halves of K are the pairs' coordinates."""
     dtype = accumulation_dtype(x.dtype)
     half = x.shape[-1] // 2
     frequency = base ** (torch.arange(half, dtype=dtype, device=x.device) / -half)  # (K / 2)
-    angle = position[..., None, None] * frequency  # (1 or B, T, 1, K / 2)
+    angle = position[..., None, None, None] * frequency  # (1 or B, T, 1, 1, K / 2)
     cos, sin = angle.cos(), angle.sin()
     x1, x2 = x.to(dtype).chunk(2, -1)
     return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1).to(x.dtype)

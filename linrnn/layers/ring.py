@@ -76,18 +76,11 @@ class RingRNN(RecurrentLayer):
         """Maps x (B, T, D) and a state to y (B, T, D) and the state after the last token (None if bidirectional)."""
         self.check_inputs(x, state, reset, mask)
         λ = self.eigenvalues()  # (N)
-        γ = self.gamma_log.to(λ.real.dtype).exp().view(-1, *(1 for _ in self.pair), 1)
-        B = (γ * self.B).to(self.B.dtype)  # (N, pair, D): γ scales the weights, T times fewer numbers than B x
-
-        if self.causal:
-            y, final = self.scan(λ, x, B, self.C, state, reset=reset, mask=mask)
-        else:
-            half, final = self.d_state // 2, None
-            ahead, _ = self.scan(λ[:half], x, B[:half], self.C[:, :half], None, reset=reset, mask=mask)
-            back, _ = self.scan(
-                λ[half:], x, B[half:], self.C[:, half:], None, reset=last_of_document(reset), mask=mask, reverse=True
-            )
-            y = ahead + back
+        half = slice(0, self.d_state if self.causal else self.d_state // 2)
+        y, final = self.scan(λ, x, state, half, reset=reset, mask=mask)
+        if not self.causal:
+            other, final = slice(half.stop, self.d_state), None
+            y = y + self.scan(λ, x, None, other, reset=last_of_document(reset), mask=mask, reverse=True)[0]
         if self.D is not None:
             y = y + self.D * x
         return y, final
@@ -96,18 +89,22 @@ class RingRNN(RecurrentLayer):
         self,
         λ: Tensor,
         x: Tensor,
-        B: Tensor,
-        C: Tensor,
         state: State,
+        part: slice,
         *,
         reset: Tensor | None,
         mask: Tensor | None,
         reverse: bool = False,
     ) -> tuple[Tensor, State]:
-        """Maps x (B, T, D) to C h (B, T, D) and the final state, for the states that λ, B and C hold."""
-        u = self.to_states(F.linear(x, B.flatten(0, -2)))  # (B, T, N)
-        h0 = None if state is None else state.h
-        h, h_T = diagonal_scan(λ, u, h0, reset=reset, mask=mask, reverse=reverse)
+        """Maps x (B, T, D) to C h (B, T, D) and the final state, for a part of the states."""
+        λ, B, C = λ[part], self.B[part], self.C[:, part]
+        γ = self.gamma_log[part].to(λ.real.dtype).exp()  # (N)
+        if x.shape[0] * x.shape[1] < self.d_model:  # γ scales whichever has fewer numbers, B x or B
+            u = γ * self.to_states(F.linear(x, B.flatten(0, -2)))  # (B, T, N)
+        else:
+            B = (γ.view(-1, *(1 for _ in self.pair), 1) * B).to(B.dtype)  # (N, pair, D)
+            u = self.to_states(F.linear(x, B.flatten(0, -2)))
+        h, h_T = diagonal_scan(λ, u, None if state is None else state.h, reset=reset, mask=mask, reverse=reverse)
         v = self.from_states(h).to(x.dtype)  # (B, T, N pair)
         return F.linear(v, C.flatten(1)), self.state_type(h_T)
 

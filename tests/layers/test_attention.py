@@ -42,7 +42,7 @@ def test_equals_the_formula(bidirectional: bool, rope_base: float | None) -> Non
 
 
 def test_rotation_keeps_norms_and_depends_on_distance() -> None:
-    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
+    q, k = torch.randn(2, 1, 1, 1, 1, 16, dtype=torch.float64)
 
     def score(m: int, n: int) -> Tensor:
         return (rotate(q, torch.tensor([[m]]), 10000.0) * rotate(k, torch.tensor([[n]]), 10000.0)).sum()
