@@ -226,7 +226,7 @@ def cell_from_dict(config: dict[str, Any]) -> Cell:
     """Builds a cell from nested dictionaries, as read from YAML.
 
     Raises:
-        ValueError: an unknown key, with the allowed ones.
+        ValueError: an unknown key, with the allowed ones, or a bad value.
     """
     sections = {"model": Model, "optim": Optim, "budget": Budget}
     _refuse_unknown("", config, Cell)
@@ -237,6 +237,7 @@ def cell_from_dict(config: dict[str, Any]) -> Cell:
 
 
 def _refuse_unknown(prefix: str, given: dict[str, Any], section: type) -> None:
+    _check(isinstance(given, dict), prefix.rstrip(".") or "the configuration", given, "a mapping of keys")
     allowed = [f.name for f in fields(section)]
     for key in given:
         if key not in allowed:

@@ -32,7 +32,7 @@ def evaluate(net: Net, score: Scorer, tokens: Tokens, seed: int, flag: Flag | No
                 raise Interrupted("stopped during an evaluation", flag.signum)
             generator = torch.Generator().manual_seed(stream_seed(seed, "evaluate", i))
             part = score(net, Batch(*(t.to(device) for t in batch)), generator)
-            loss, correct, count = loss + part.loss.item(), correct + part.correct.item(), count + part.count.item()
+            loss, correct, count = loss + part.loss.item(), correct + part.correct.item(), count + part.scored.item()
     finally:
         net.train(training)
     return {"loss": loss / max(count, 1), "accuracy": correct / max(count, 1)}

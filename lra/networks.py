@@ -23,8 +23,7 @@ def build_body(model: Model, task: Any) -> SequenceClassifier:
     Raises:
         ValueError: unknown mixer or mixer option, or a width that does not fit it.
     """
-    if model.mixer not in available():
-        raise ValueError(f"unknown model.mixer {model.mixer!r}; allowed: {', '.join(available())}")
+    check_mixer(model)
     return SequenceClassifier(
         task.n_classes,
         vocab_size=task.vocab_size,
@@ -40,6 +39,11 @@ def build_body(model: Model, task: Any) -> SequenceClassifier:
         prenorm=model.prenorm,
         max_length=task.max_length,
     )
+
+
+def check_mixer(model: Model) -> None:
+    if model.mixer not in available():
+        raise ValueError(f"unknown model.mixer {model.mixer!r}; allowed: {', '.join(available())}")
 
 
 def pooling(model: Model, task: Any) -> str:
@@ -70,6 +74,8 @@ def matched(model: Model, task: Any, target: int) -> Model:
     Raises:
         ValueError: no width comes within 10 %.
     """
+
+    check_mixer(model)
 
     def build(width: int) -> nn.Module:
         return build_body(replace(model, d_model=width), task)

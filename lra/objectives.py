@@ -10,26 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linrnn.models import SequenceClassifier
 from lra.batches import Batch
 
 
 class Score(NamedTuple):
-    """Summed over what is scored (sequences or positions): `loss` and `correct`; `count` is how many, all 0-dim."""
+    """Summed over what is scored (sequences or positions): `loss` and `correct`; `scored` is how many, all 0-dim."""
 
     loss: Tensor
     correct: Tensor
-    count: Tensor
+    scored: Tensor
 
     @property
     def mean(self) -> Tensor:
         """Mean loss; 0 when nothing was scored (short sequences may happen to have no masked position)."""
-        return self.loss / self.count.clamp(min=1)
+        return self.loss / self.scored.clamp(min=1)
 
 
 class Net(nn.Module):
     """A `SequenceClassifier` with, in pretraining, a fresh linear head that predicts a token at every position."""
 
-    def __init__(self, body: nn.Module, d_model: int, vocab_size: int | None = None):
+    denoise: nn.Linear | None
+
+    def __init__(self, body: SequenceClassifier, d_model: int, vocab_size: int | None = None):
         super().__init__()
         self.body = body
         self.denoise = None if vocab_size is None else nn.Linear(d_model, vocab_size)

@@ -3,7 +3,6 @@
 import difflib
 import re
 import sys
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
@@ -28,8 +27,11 @@ class Parser(ArgumentParser):
         sys.exit(2)
 
 
-def parse_and_call(commands: dict[str, Callable[..., Any]], argv: list[str], description: str) -> None:
-    """Parses `argv` and calls the function of its subcommand; exits with code 2 on bad arguments."""
+def parse_and_call(commands: Any, argv: list[str], description: str) -> None:
+    """Parses `argv` and calls the function of its subcommand in `commands` (name to function).
+
+    Bad arguments exit with code 2.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     auto_cli(
         commands,

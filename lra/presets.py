@@ -51,7 +51,7 @@ def read(names: list[str]) -> dict[str, Any]:
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
+            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(config, dict):
             raise ValueError(f"{path} must hold a mapping of keys; got {type(config).__name__}")
         try:

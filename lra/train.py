@@ -9,6 +9,7 @@ import logging
 import math
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lra.interrupt import Flag, Interrupted, listening
 from lra.objectives import Net, Score
 from lra.progress import Progress
 
-# Where the classification metric of best weights is kept, and the state a run resumes from.
+# In a cell's folder: the weights that are kept, the state a run resumes from, the curve.
 BEST, LAST, METRICS = "best.safetensors", "last.ckpt", "metrics.csv"
 
 
@@ -95,6 +96,7 @@ class Recorder(Callback):
         self.best: dict[str, float] = {}
         self.sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, count since the last row
         self.tokens, self.squares, self.seconds = 0, 0, 0.0
+        self.due = False  # an evaluation of the newest step that a signal has put off
         self.since = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,6 +107,7 @@ class Recorder(Callback):
             "tokens": self.tokens,
             "squares": self.squares,
             "seconds": self.seconds,
+            "due": self.due,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -116,6 +119,7 @@ class Recorder(Callback):
         self.since = time.monotonic()
         if self.rows:
             self.progress.note(self.rows[-1]["train_loss"], self.rows[-1]["val_accuracy"])
+        self.catch_up(pl_module, trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(stream_seed(self.cell.seed, "dropout", trainer.global_step))
@@ -130,17 +134,25 @@ class Recorder(Callback):
         self.squares += int((lengths**2).sum())
 
         last = step == cell.steps
-        if last or step % cell.eval_every == 0:
-            self._evaluate(pl_module, step)
+        self.due = last or step % cell.eval_every == 0
+        with suppress(Interrupted):  # raised below, once the state is saved
+            self.catch_up(pl_module, step)
         now = time.monotonic()
         self.seconds, self.since = self.seconds + now - self.since, now
         stop = self.flag.signum
         if last or stop is not None or step % cell.budget.checkpoint_every == 0:
             write_whole(self.folder / LAST, trainer.save_checkpoint)
-        if stop is not None and not last:
+        if stop is not None and (self.due or not last):
             raise Interrupted(f"stopped at step {step} of {cell.steps}", stop)
 
-    def _evaluate(self, pl_module: LightningModule, step: int) -> None:
+    def catch_up(self, pl_module: LightningModule, step: int) -> None:
+        """Does the evaluation of `step` if it is due.
+
+        Raises:
+            Interrupted: a signal came first; the evaluation stays due.
+        """
+        if not self.due:
+            return
         assert isinstance(pl_module, Trainee)
         loss, correct, count = self.sums.tolist()
         if not math.isfinite(loss):
@@ -156,7 +168,7 @@ class Recorder(Callback):
             "val_accuracy": scored["accuracy"],
         }
         self.rows = [*self.rows, row]
-        self.sums = torch.zeros_like(self.sums)
+        self.sums, self.due = torch.zeros_like(self.sums), False
         self.progress.note(row["train_loss"], row["val_accuracy"])
         # Of equal scores the earlier one stays: less training for the same.
         if not self.best or row["val_accuracy"] > self.best["val_accuracy"]:
@@ -210,6 +222,7 @@ def fit(
         trainer.fit(
             trainee, datamodule=Stream(stream), ckpt_path=str(last) if last.exists() else None, weights_only=True
         )
+        recorder.catch_up(trainee, cell.steps)  # a run that was stopped at its very end has no step left to do it
     return {
         "curve": recorder.rows,
         "best": recorder.best,
@@ -254,5 +267,5 @@ def _device_name(device: torch.device) -> str:
 
 def tensor_differences(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> list[str]:
     """The tensors that two state dictionaries do not share, by name and shape."""
-    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (theirs, ours)]
-    return plan_differences(*shapes)
+    there, here = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (theirs, ours))
+    return plan_differences(there, here)

@@ -1,0 +1,221 @@
+"""Cells from the outside: what they leave behind, what they refuse, what they share."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lra.cell import finished, run_cell
+from lra.config import cell_from_dict
+from lra.evaluate import by_length, evaluate, predictions
+from lra.networks import build_net, head_free, load_weights, matched, sizes
+from lra.presets import merge
+from lra.train import BEST, LAST, lr_factor
+
+
+@pytest.fixture
+def run(cache_dir, tmp_path):
+    def go(cell, runs_dir=tmp_path / "runs", say=lambda line: None):
+        return run_cell(cell, runs_dir, cache_dir=cache_dir, accelerator="cpu", say=say), Path(runs_dir) / cell.key
+
+    return go
+
+
+def test_a_cell_leaves_its_whole_record(tiny, run):
+    cell = tiny(regime="finetune")
+    result, folder = run(cell)
+    assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == sorted(
+        ["config.yaml", "metrics.csv", LAST, BEST, "result.json"]
+    )
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert cell_from_dict(yaml_of(folder / "config.yaml")).key == cell.key
+
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows] == [3, 6, 9, 12] and cell.steps == 12
+    best = max(result["curve"], key=lambda row: row["val_accuracy"])
+    assert result["val"]["accuracy"] == best["val_accuracy"] and result["best_step"] == best["step"]
+    assert [float(row["val_loss"]) for row in rows] == [row["val_loss"] for row in result["curve"]]
+    assert result["pretrain"]["steps"] + result["steps"] == 20
+    assert result["tokens"] > 0 and result["flops"] == pytest.approx(
+        6 * result["parameters"]["blocks"] * result["tokens"]
+    )
+    assert sum(b["n"] for b in result["test"]["by_length"]) == result["data"]["test"]["rows"] == 40
+    assert {"majority", "root operator", "exact to depth 1"} <= set(result["reference_lines"])
+    assert set(result["versions"]) >= {"python", "torch", "lightning", "linrnn"} and result["threads"] >= 1
+
+
+def yaml_of(path):
+    import yaml
+
+    return yaml.safe_load(path.read_text())
+
+
+def test_a_computed_cell_returns_at_once(tiny, run, monkeypatch):
+    cell = tiny()
+    result, _ = run(cell)
+    monkeypatch.setattr("lra.cell._compute", lambda *a: pytest.fail("computed again"))
+    assert run(cell)[0] == result
+
+
+def test_the_kept_weights_are_the_best_ones(tiny, run, cache_dir):
+    """Scoring best.safetensors again gives the best validation row and the test accuracy of the record."""
+    from lra.batches import Tokens
+    from lra.data import load
+    from lra.objectives import classification
+
+    cell = tiny(optim={"lr": 0.03})
+    result, folder = run(cell)
+    task = cell.build_task()
+    net = build_net(cell.model, task, denoise=False, seed=99)
+    load_weights(net, folder / BEST, heads=True)
+    splits = load(task, cache_dir)
+    val, test = (Tokens.from_dataset(splits[name], task.pad_id) for name in ("val", "test"))
+    scored = evaluate(net, lambda n, b, g: classification(n, b), val, cell.seed)
+    assert scored["accuracy"] == result["val"]["accuracy"]
+    assert scored["loss"] == pytest.approx(result["val"]["loss"], rel=1e-6)
+    assert (predictions(net, test) == test.labels).mean() == result["test"]["accuracy"]
+
+
+def test_finetuning_starts_from_the_pretrained_body(tiny, run, monkeypatch):
+    cell = tiny(regime="finetune")
+    _, before = run(cell.pretraining())
+    pretrained = head_free(load_file(before / BEST))
+    seen = {}
+
+    def spy(net, *args, **kwargs):
+        seen.update({name: tensor.clone() for name, tensor in net.state_dict().items()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lra.train.fit", spy)
+    with pytest.raises(KeyboardInterrupt):
+        run(cell)
+    assert pretrained and all(torch.equal(seen[name], tensor) for name, tensor in pretrained.items())
+    assert "body.head.weight" in seen and "body.head.weight" not in pretrained
+
+
+def test_pretraining_reads_training_inputs_alone(tiny, run, monkeypatch):
+    """Neither labels nor the test split reach a pretrain cell; the classifier sees the first `labels` rows."""
+    from lra.batches import Tokens
+
+    real, read = Tokens.from_dataset.__func__, []
+
+    def spy(dataset, pad_id, limit=None):
+        read.append((len(dataset), limit))
+        return real(Tokens, dataset, pad_id, limit)
+
+    monkeypatch.setattr(Tokens, "from_dataset", spy)
+    result, _ = run(tiny(regime="pretrain", budget={"labels": 16}))
+    assert read == [(60, None), (30, None)] and "test" not in result and "reference_lines" not in result
+    read.clear()
+    result, _ = run(tiny(budget={"labels": 16}))
+    assert read == [(60, 16), (30, None), (40, None)] and result["data"]["train"]["rows"] == 16
+
+
+@pytest.mark.parametrize("change", [{"mixer": "attention"}, {"bidirectional": False}, {"pooling": "cls"}])
+def test_other_models_pretrain_and_finetune(tiny, run, change):
+    result, _ = run(tiny(regime="finetune", model=change))
+    assert 0 <= result["test"]["accuracy"] <= 1
+    assert result["pooling"] == {"bidirectional": "last", "pooling": "cls"}.get(next(iter(change)), "mean")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny, run, tmp_path):
+    cell = tiny(regime="finetune")
+    _, pretrained = run(cell.pretraining())
+    other = build_net(replace(cell.model, d_model=32), cell.build_task(), denoise=True, seed=0)
+    save_file(other.state_dict(), pretrained / BEST)
+    with pytest.raises(ValueError, match=r"best.safetensors is a checkpoint of another model: body.*\(32, .*there"):
+        run(cell)
+    (pretrained / BEST).write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"best.safetensors cannot be read"):
+        run(cell)
+
+
+def test_a_foreign_or_damaged_last_checkpoint_is_refused(tiny, run):
+    cell, other = tiny(), tiny(optim={"lr": 0.5}, model={"d_model": 32})
+    _, theirs = run(cell)
+    ours = theirs.parents[2] / other.key
+    ours.mkdir(parents=True)
+    shutil.copy(theirs / LAST, ours / LAST)
+    with pytest.raises(ValueError, match=r"another run \(model.d_model is 16 there, 32 here; lr is 0.001 there, 0.5"):
+        run(other)
+    (ours / LAST).write_bytes((theirs / LAST).read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"last.ckpt is damaged"):
+        run(other)
+
+
+def test_a_damaged_result_is_named(tiny, run):
+    _, folder = run(tiny())
+    (folder / "result.json").write_text('{"key": ')
+    with pytest.raises(ValueError, match=r"result.json is damaged.*delete it"):
+        finished(tiny(), folder)
+
+
+def test_a_divergent_run_says_so(tiny, run):
+    with pytest.raises(
+        FloatingPointError, match=r"training loss is (nan|inf) .*lower the learning rate \(now 1e\+30\)"
+    ):
+        run(tiny(optim={"lr": 1e30}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mixer": "lstm"}, "unknown model.mixer 'lstm'; allowed: attention, lru"),
+        ({"mixer_kwargs": {"r_mean": 1}}, "r_mean"),
+        ({"mixer": "attention", "d_model": 18, "mixer_kwargs": {"n_heads": 4}}, "n_heads"),
+    ],
+)
+def test_a_bad_model_is_refused_before_any_data_is_made(tiny, run, monkeypatch, change, message):
+    monkeypatch.setattr("lra.cell._data", lambda *a: pytest.fail("made data"))
+    with pytest.raises(ValueError, match=message):
+        run(tiny(model=change))
+
+
+def test_initialisation_is_a_function_of_the_seed(tiny):
+    cell = tiny()
+    nets = [build_net(cell.model, cell.build_task(), denoise=True, seed=s).state_dict() for s in (1, 1, 2)]
+    assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
+    assert any(not torch.equal(nets[0][name], nets[2][name]) for name in nets[0])
+
+
+def test_matched_models_are_within_ten_percent(tiny):
+    cell = tiny(model={"d_model": 64, "n_layers": 2})
+    target = sizes(replace(cell.model, ffn_expand=3.0), cell.build_task())["total"]
+    other = matched(replace(cell.model, mixer="attention"), cell.build_task(), target)
+    assert abs(sizes(other, cell.build_task())["total"] - target) <= 0.1 * target
+
+
+def test_learning_rate_rises_then_stays_or_falls(tiny):
+    cell = tiny(optim={"warmup": 0.2})
+    factors = [lr_factor(cell, t) for t in range(20)]
+    assert factors[:4] == [0.2, 0.4, 0.6, 0.8] and factors[4] == 1 and 0 < factors[19] < 0.02
+    assert all(a > b for a, b in zip(factors[4:], factors[5:], strict=False))
+    constant = tiny(optim={"warmup": 0.2, "schedule": "constant"})
+    assert [lr_factor(constant, t) for t in range(20)] == [*factors[:4], *[1.0] * 16]
+
+
+def test_length_buckets_hold_everything_once():
+    rng = np.random.default_rng(0)
+    lengths, correct = rng.integers(1, 30, 200), rng.random(200) < 0.3
+    rows = by_length(correct, lengths)
+    assert len(rows) == 4 and sum(r["n"] for r in rows) == 200
+    assert sum(r["n"] * r["accuracy"] for r in rows) == pytest.approx(correct.sum())
+    assert all(a["max"] < b["min"] for a, b in zip(rows, rows[1:], strict=False))
+    for r in rows:
+        inside = (lengths >= r["min"]) & (lengths <= r["max"])
+        assert r["accuracy"] == pytest.approx(correct[inside].mean())
+    assert by_length(correct, np.full(200, 7)) == [
+        {"min": 7, "max": 7, "n": 200, "accuracy": pytest.approx(correct.mean())}
+    ]
+
+
+def test_merge_is_deep_and_leaves_its_inputs_alone():
+    base, over = {"a": {"x": 1, "y": {"z": 1}}, "b": 1}, {"a": {"y": {"w": 2}}, "b": {"c": 3}}
+    assert merge(base, over) == {"a": {"x": 1, "y": {"z": 1, "w": 2}}, "b": {"c": 3}}
+    assert base == {"a": {"x": 1, "y": {"z": 1}}, "b": 1}

@@ -1,0 +1,203 @@
+"""The command line as a newcomer meets it: fast help, merged presets, errors of one line with exit code 2."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lra.__main__ import COMMANDS, main, prepare
+from lra.presets import presets, read
+
+
+def refused(capsys, *argv: str) -> str:
+    """Runs `lra` with bad arguments: exit code 2, nothing but a short message."""
+    try:
+        code = main(list(argv))
+    except SystemExit as stop:  # raised by the parser
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2 and "Traceback" not in captured.err and len(captured.err.splitlines()) <= 3, captured.err
+    return captured.err
+
+
+def test_help_is_fast_and_imports_nothing_heavy():
+    code = (
+        "import sys, lra.__main__ as m\n"
+        "try: m.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([x for x in ('torch', 'lightning', 'datasets', 'numpy', 'rich', 'matplotlib') if x in sys.modules])"
+    )
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert run.stdout.strip().endswith("[]")
+    assert all(name in run.stdout for name in COMMANDS)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_subcommand_explains_its_options(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "default" in out
+    if command == "run":
+        assert "Peak learning rate of classification" in out and "Width of the residual stream" in out
+
+
+def test_prepare_merges_files_and_normalises_flags(tiny_yaml, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text("optim: {lr: 0.5}\nmodel: {mixer: attention}\n")
+    words = [
+        "sweep",
+        tiny_yaml,
+        "--dry-run",
+        "--seeds",
+        "0,1",
+        "--config",
+        str(other),
+        "--optim.lr=0.25",
+        "--jobs",
+        "2",
+    ]
+    command, config, *flags = prepare(words)
+    assert command == "sweep"
+    merged = json.loads(config.removeprefix("--config="))
+    assert merged["optim"] == {"batch_size": 8, "lr": 0.5}
+    assert merged["model"] == {"d_model": 16, "n_layers": 1, "dropout": 0.1, "mixer": "attention"}
+    assert flags == ["--dry_run=true", "--seeds=[0,1]", "--optim.lr=0.25", "--jobs=2"]
+    assert prepare(["report", "somewhere"]) == ["report", "--runs_dir=somewhere"]
+
+
+def test_flags_override_files_wherever_they_stand(tiny_yaml, monkeypatch):
+    seen = []
+    monkeypatch.setattr("lra.cell.run_cell", lambda cell, *a, **k: seen.append(cell))
+    monkeypatch.setattr("lra.listing.show_result", lambda *a: None)
+    main(["run", "--optim.lr", "0.25", tiny_yaml, "masked", "--task.max_depth", "4", "--seed=7"])
+    main(["run", tiny_yaml, "--model.mixer_kwargs", "{r_min: 0.5}", "--config", "causal_scratch"])
+    assert seen[0].optim.lr == 0.25 and seen[0].optim.batch_size == 8 and seen[0].seed == 7
+    assert seen[0].task["max_depth"] == 4 and seen[0].task["n_train"] == 60
+    assert seen[0].regime == "finetune" and seen[0].objective == "masked"
+    assert seen[1].model.mixer_kwargs == {"r_min": 0.5} and not seen[1].model.bidirectional
+
+
+def test_every_preset_is_a_valid_part_of_a_cell():
+    from lra.config import cell_from_dict
+
+    names = presets()
+    assert {"listops", "listops_quick", "lru", "attention", "scratch", "masked", "causal", "quick"} <= set(names)
+    for name, path in names.items():
+        assert path.read_text().startswith("# lra "), f"{name}: a preset opens with the command that runs it"
+        cell_from_dict({"task": {"name": "listops"}, **read([name])}).plan()
+
+
+def test_another_task_replaces_the_task_whole(tmp_path, tiny_yaml):
+    (tmp_path / "b.yaml").write_text("task: {name: other, length: 3}\n")
+    assert read([tiny_yaml, str(tmp_path / "b.yaml")])["task"] == {"name": "other", "length": 3}
+    (tmp_path / "c.yaml").write_text("task: {name: listops, seed: 3}\n")
+    merged = read([tiny_yaml, str(tmp_path / "c.yaml")])["task"]
+    assert merged["seed"] == 3 and merged["n_train"] == 60
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["runn"], ["runn", "run"]),
+        (["run", "listopz"], ["unknown preset 'listopz'", "listops_quick", "lru"]),
+        (["run", "no/such.yaml"], ["no configuration file 'no/such.yaml'"]),
+        (["run", "--task.name", "listopz"], ["unknown task 'listopz'", "listops"]),
+        (["run", "--task.depth", "3"], ["unknown option 'depth'", "max_depth"]),
+        (["run", "--task.n_train", "lots"], ["n_train", "lots"]),
+        (["run", "listops_quick", "--model.mixer", "lstm"], ["unknown model.mixer 'lstm'", "attention, lru"]),
+        (["run", "--optim.lrr", "3"], ["optim.lrr", "--optim.lr"]),
+        (["run", "--optimm.lr", "3"], ["optimm.lr"]),
+        (["run", "--optim.lr", "fast"], ["optim.lr", "float", "fast"]),
+        (["run", "--optim.lr", "-1"], ["optim.lr must be positive"]),
+        (["run", "--regime", "warm"], ["scratch", "pretrain", "finetune", "warm"]),
+        (["run", "--objective", "causal"], ["model.bidirectional"]),
+        (["run", "--threads", "0"], ["threads must be at least 1"]),
+        (["sweep", "listops_quick", "--mixers", "lru,gru"], ["gru", "attention"]),
+        (["sweep", "listops_quick", "--seeds", ""], ["seeds"]),
+        (["report", "no_such_folder"], ["no folder 'no_such_folder'"]),
+        (["quick", "--steps", "1"], ["steps must be at least 2"]),
+    ],
+)
+def test_bad_input_is_named_with_what_is_allowed(argv, expected, capsys):
+    error = refused(capsys, *argv)
+    assert all(part in error for part in expected), error
+
+
+def test_bad_keys_in_a_file_name_the_file(tmp_path, capsys):
+    for text, expected in [
+        ("optim: {lrr: 1}", "unknown key 'optim.lrr'; allowed: optim.lr"),
+        ("modle: {}", "unknown key 'modle'; allowed: task"),
+        ("- a list", "must hold a mapping"),
+        ("a: [", "is not YAML"),
+        ("optim: 3", "optim must be a mapping of keys; got 3"),
+        ("optim: {lr: -1}", "optim.lr must be positive"),
+    ]:
+        path = tmp_path / "bad.yaml"
+        path.write_text(text)
+        error = refused(capsys, "run", str(path))
+        assert "bad.yaml" in error and expected in error, error
+
+
+def test_a_corrupted_cache_is_named_with_the_cure(tiny_yaml, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    assert main(["data", tiny_yaml, "--cache-dir", str(cache)]) == 0
+    assert "majority" in capsys.readouterr().out
+    arrow = next(cache.rglob("train/*.arrow"))
+    whole = arrow.read_bytes()
+    arrow.write_bytes(whole[:-100] + bytes(100))
+    argv = ["run", tiny_yaml, "--cache-dir", str(cache), "--runs-dir", str(tmp_path / "runs")]
+    error = refused(capsys, *argv)
+    assert str(arrow) in error and "--force" in error
+    assert main(["data", tiny_yaml, "--cache-dir", str(cache), "--force"]) == 0
+    assert arrow.read_bytes() == whole
+    shutil.rmtree(tmp_path / "runs")
+
+
+def test_report_of_an_empty_or_damaged_folder(tmp_path, capsys):
+    assert "no finished cell" in refused(capsys, "report", str(tmp_path))
+    (tmp_path / "result.json").write_text("{")
+    assert "result.json is damaged" in refused(capsys, "report", str(tmp_path))
+
+
+def test_from_data_to_report(tiny_yaml, cache_dir, tmp_path, capsys):
+    """The commands of the README, in their order, on the smallest task."""
+    runs = str(tmp_path / "runs")
+    common = ["--cache-dir", cache_dir, "--runs-dir", runs, "--accelerator", "cpu"]
+    assert main(["tasks", "--cache-dir", cache_dir]) == 0
+    out = capsys.readouterr().out
+    assert "listops" in out and "96,000 / 2,000 / 2,000" in out and "listops_quick" in out
+    assert main(["params", tiny_yaml]) == 0
+    out = capsys.readouterr().out
+    assert "lru" in out and "attention" in out
+    for extra in (["--dry-run"], []):
+        assert main(["sweep", tiny_yaml, "--seeds", "0,1", "--mixers", "lru", *extra, *common]) == 0
+        out = capsys.readouterr().out
+        assert "6 cells, 0 of them done" in out
+        assert len(list(Path(runs).rglob("result.json"))) == (0 if extra else 6)
+    assert main(["run", tiny_yaml, "masked", *common]) == 0
+    assert "after pretraining for 8 steps" in capsys.readouterr().out
+    assert main(["report", runs]) == 0
+    out = capsys.readouterr().out
+    assert "masked + finetune" in out and "(root operator)" in out and (tmp_path / "runs" / "report.png").exists()
+
+
+def test_the_written_config_runs_the_same_cell(tiny_yaml, cache_dir, tmp_path, capsys):
+    argv = ["--cache-dir", cache_dir, "--runs-dir", str(tmp_path), "--accelerator", "cpu"]
+    main(["run", tiny_yaml, "--seed", "5", *argv])
+    config = next(tmp_path.rglob("config.yaml"))
+    assert yaml.safe_load(config.read_text())["seed"] == 5
+    capsys.readouterr()
+    main(["run", str(config), *argv])
+    assert "starting" not in capsys.readouterr().out, "found as computed"

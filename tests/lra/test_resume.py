@@ -1,0 +1,151 @@
+"""SIGKILL at any step, Ctrl-C at any step: the run that goes on ends in the bits of the run that was left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lra import train
+from lra.__main__ import main
+from lra.cell import run_cell
+from lra.interrupt import Interrupted
+from lra.train import BEST, LAST, METRICS, Recorder
+
+# One process imports, children run: each is killed where `deaths` says, the last one finishes.
+SCRIPT = """
+import json, os, signal, sys
+from lra.cell import run_cell
+from lra.config import cell_from_dict
+from lra.train import Recorder
+
+config, cache_dir, runs_dir, deaths = json.loads(sys.argv[1])
+cell = cell_from_dict(config)
+
+def child(death):
+    real = Recorder.on_train_batch_end
+    def killed(self, trainer, *rest):
+        real(self, trainer, *rest)
+        if death == [self.cell.regime, trainer.global_step]:
+            os.kill(os.getpid(), signal.SIGKILL)
+    Recorder.on_train_batch_end = killed
+    run_cell(cell, runs_dir, cache_dir=cache_dir, accelerator="cpu")
+    os._exit(0)
+
+for death in [*deaths, None]:
+    if (pid := os.fork()) == 0:
+        child(death)
+    status = os.waitpid(pid, 0)[1]
+    assert os.waitstatus_to_exitcode(status) == (0 if death is None else -signal.SIGKILL), (death, status)
+"""
+
+
+def start(cell, cache_dir, runs_dir: Path, deaths) -> subprocess.Popen:
+    arguments = json.dumps([cell.to_dict(), cache_dir, str(runs_dir), deaths])
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def assert_same_bits(ours: Path, theirs: Path) -> None:
+    assert (ours / METRICS).read_bytes() == (theirs / METRICS).read_bytes()
+    assert (ours / BEST).read_bytes() == (theirs / BEST).read_bytes()
+    states = [torch.load(folder / LAST, weights_only=True) for folder in (ours, theirs)]
+    for name in ("state_dict", "optimizer_states", "lr_schedulers"):
+        first, second = (dict(leaves(state[name])) for state in states)
+        assert first.keys() == second.keys() and first
+        assert all(equal(first[key], second[key]) for key in first), name
+    results = [json.loads((folder / "result.json").read_text()) for folder in (ours, theirs)]
+    for result in results:
+        del result["seconds"]
+        result.get("pretrain", {}).pop("seconds", None)
+    assert results[0] == results[1]
+
+
+def leaves(tree, name=""):
+    if isinstance(tree, dict | list | tuple):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for key, value in items:
+            yield from leaves(value, f"{name}/{key}")
+    else:
+        yield name, tree
+
+
+def equal(a, b) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_killed_runs_end_in_the_same_bits(tiny, cache_dir, tmp_path):
+    """Deaths before and after a checkpoint (every 5), beside and on an evaluation (every 2 and 3), in both phases."""
+    cell = tiny(regime="finetune", seed=1)
+    run_cell(cell.pretraining(), tmp_path / "data", cache_dir=cache_dir, accelerator="cpu")  # makes the data, once
+    deaths = [["pretrain", 3], ["pretrain", 6], ["finetune", 9], ["finetune", 10], ["finetune", 12]]
+    whole = start(cell, cache_dir, tmp_path / "whole", [])
+    killed = start(cell, cache_dir, tmp_path / "killed", deaths)
+    assert whole.wait() == 0 and killed.wait() == 0
+    for key in (cell.key, cell.pretraining().key):
+        assert_same_bits(tmp_path / "killed" / key, tmp_path / "whole" / key)
+
+
+def signal_at(monkeypatch, step: int, signum: int) -> None:
+    """Sends this process a signal while it works on `step`."""
+    real = Recorder.on_train_batch_start
+
+    def sending(self, trainer, *rest):
+        real(self, trainer, *rest)
+        if trainer.global_step == step - 1:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(Recorder, "on_train_batch_start", sending)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_and_goes_on(tiny, cache_dir, tmp_path, monkeypatch, signum):
+    cell = tiny(seed=2)
+    run_cell(cell, tmp_path / "whole", cache_dir=cache_dir, accelerator="cpu")
+    for step in (7, 10):
+        with monkeypatch.context() as patch:
+            signal_at(patch, step, signum)
+            with pytest.raises(Interrupted, match=f"stopped at step {step} of 20") as stop:
+                run_cell(cell, tmp_path / "cut", cache_dir=cache_dir, accelerator="cpu")
+        assert stop.value.code == 128 + signum
+    said: list[str] = []
+    run_cell(cell, tmp_path / "cut", cache_dir=cache_dir, accelerator="cpu", say=said.append)
+    assert "resuming" in said[0]
+    assert_same_bits(tmp_path / "cut" / cell.key, tmp_path / "whole" / cell.key)
+    assert signal.getsignal(signum) in (signal.default_int_handler, signal.SIG_DFL), "the handlers are put back"
+
+
+def test_ctrl_c_tells_how_to_go_on(tiny_yaml, cache_dir, tmp_path, monkeypatch, capsys):
+    argv = ["run", tiny_yaml, "--runs-dir", str(tmp_path), "--cache-dir", cache_dir, "--accelerator", "cpu"]
+    with monkeypatch.context() as patch:
+        signal_at(patch, 4, signal.SIGINT)
+        assert main(argv) == 130
+    error = capsys.readouterr().err
+    assert "stopped at step 4 of 20" in error and f"lra run {tiny_yaml} --runs-dir" in error
+    assert main(argv) == 0
+    assert "test accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_an_evaluation_cut_short_is_made_up_for(tiny, cache_dir, tmp_path, monkeypatch, evaluation):
+    """Ctrl-C during an evaluation leaves it at once and loses no step, also at the run's last one."""
+    cell = tiny(seed=3, budget={"evaluations": 2})
+    run_cell(cell, tmp_path / "whole", cache_dir=cache_dir, accelerator="cpu")
+    real, calls = train.evaluate, []
+
+    def sending(*args):
+        calls.append(1)
+        if len(calls) == evaluation:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", sending)
+        with pytest.raises(Interrupted, match=f"stopped at step {10 * evaluation} of 20"):
+            run_cell(cell, tmp_path / "cut", cache_dir=cache_dir, accelerator="cpu")
+    assert torch.load(tmp_path / "cut" / cell.key / LAST, weights_only=True)["global_step"] == 10 * evaluation
+    run_cell(cell, tmp_path / "cut", cache_dir=cache_dir, accelerator="cpu")
+    assert_same_bits(tmp_path / "cut" / cell.key, tmp_path / "whole" / cell.key)
