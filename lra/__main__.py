@@ -134,8 +134,9 @@ def report(runs_dir: str = "runs", out: str | None = None) -> None:
         out: folder of the report; null: runs_dir.
     """
     from lra.report import write_report
+    from lra.results import load_results
 
-    written = write_report(Path(runs_dir), Path(out or runs_dir))
+    written = write_report(load_results(Path(runs_dir)), Path(out or runs_dir))
     print("\n".join(f"wrote {path}" for path in written))
 
 

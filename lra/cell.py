@@ -38,7 +38,7 @@ def run_cell(
         ValueError: a bad configuration, or a damaged or foreign file in the folder.
         Interrupted: Ctrl-C; the same call resumes.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     task = cell.build_task()
     folder = Path(runs_dir) / cell.key
@@ -50,13 +50,21 @@ def run_cell(
         pretrained = run_cell(cell.pretraining(), runs_dir, cache_dir=cache_dir, accelerator=accelerator, say=say)
 
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{cell.key}: another process is computing it; waiting")
+        lock.acquire()
+    try:
         # Another process may have finished it while this one waited for the lock.
         if (done := finished(cell, folder)) is not None:
             return done
         write_text(folder / CONFIG, config_yaml(cell))
         result = _compute(cell, task, folder, Path(runs_dir), pretrained, cache_dir, accelerator, say)
         write_json(folder / RESULT, result)
+    finally:
+        lock.release()
     return result
 
 

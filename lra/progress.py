@@ -1,5 +1,6 @@
 """One progress line per run: a bar on a terminal, a plain line every few seconds elsewhere."""
 
+import multiprocessing
 import sys
 import time
 from typing import Any
@@ -22,7 +23,9 @@ class Progress(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.started = self.shown = time.monotonic()
         self.first = trainer.global_step
-        if sys.stderr.isatty():
+        if (
+            sys.stderr.isatty() and multiprocessing.parent_process() is None
+        ):  # parallel bars would overwrite one another
             from tqdm import tqdm
 
             self.bar = tqdm(total=self.steps, initial=self.first, desc=self.label, unit="step", dynamic_ncols=True)

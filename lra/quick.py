@@ -8,7 +8,7 @@ from typing import Any
 from lra.config import Cell, Regime, cell_from_dict
 from lra.results import highest_line, standard_error, task_changes
 
-PRESETS = ["listops_quick", "quick"]
+PRESETS = ["quick", "listops_quick"]
 NAMES = {"lru": "LRU", "attention": "Transformer"}
 REGIMES: dict[Regime, str] = {"scratch": "scratch", "finetune": "pretrained"}
 
@@ -39,12 +39,12 @@ def run_quick(out: Path, *, steps: int | None = None, seed: int = 0, cache_dir: 
     began = time.monotonic()
     cells = quick_cells(steps, seed)
     print("\n".join(introduction(cells)), flush=True)
-    results = {}
+    results: dict[Any, dict[str, Any]] = {}
     for i, (name, cell) in enumerate(cells.items()):
         print(f"[{i + 1}/{len(cells)}] {NAMES[cell.model.mixer]}, {REGIMES[cell.regime]}", flush=True)
         results[name] = run_cell(cell, out, cache_dir=cache_dir, accelerator="cpu")
 
-    written = write_report(out, out)
+    written = write_report(list(results.values()), out)
     rows = [
         [NAMES[mixer], *(f"{100 * results[mixer, regime]['test']['accuracy']:.1f} %" for regime in REGIMES)]
         for mixer in NAMES

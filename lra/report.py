@@ -4,19 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from lra.files import write_csv, write_text
-from lra.results import Group, Section, direction, highest_line, load_results, sections, standard_error
+from lra.results import Group, Section, direction, highest_line, sections, standard_error
 
 
-def write_report(runs_dir: Path, out: Path) -> list[Path]:
-    """Writes report.md, report.csv and report.png to `out` from the results below `runs_dir`; returns their paths.
+def write_report(results: list[dict[str, Any]], out: Path) -> list[Path]:
+    """Writes report.md, report.csv and report.png to `out`, prints the tables, and returns the paths.
 
-    Raises:
-        ValueError: there are no results, or one is damaged.
+    Args:
+        results: of cells, as `lra.results.load_results` reads them.
     """
     from lra.listing import table
     from lra.plot import save_plot
 
-    results = load_results(runs_dir)
     found = sections(results)
     for section in found:
         table(section.title, *accuracy_table(section))

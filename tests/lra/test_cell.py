@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +196,7 @@ def test_learning_rate_rises_then_stays_or_falls(tiny):
     cell = tiny(optim={"warmup": 0.2})
     factors = [lr_factor(cell, t) for t in range(20)]
     assert factors[:4] == [0.2, 0.4, 0.6, 0.8] and factors[4] == 1 and 0 < factors[19] < 0.02
-    assert all(a > b for a, b in zip(factors[4:], factors[5:], strict=False))
+    assert all(a > b for a, b in pairwise(factors[4:]))
     constant = tiny(optim={"warmup": 0.2, "schedule": "constant"})
     assert [lr_factor(constant, t) for t in range(20)] == [*factors[:4], *[1.0] * 16]
 
@@ -206,7 +207,7 @@ def test_length_buckets_hold_everything_once():
     rows = by_length(correct, lengths)
     assert len(rows) == 4 and sum(r["n"] for r in rows) == 200
     assert sum(r["n"] * r["accuracy"] for r in rows) == pytest.approx(correct.sum())
-    assert all(a["max"] < b["min"] for a, b in zip(rows, rows[1:], strict=False))
+    assert all(a["max"] < b["min"] for a, b in pairwise(rows))
     for r in rows:
         inside = (lengths >= r["min"]) & (lengths <= r["max"])
         assert r["accuracy"] == pytest.approx(correct[inside].mean())

@@ -77,6 +77,7 @@ def equal(a, b) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+@pytest.mark.slow
 def test_killed_runs_end_in_the_same_bits(tiny, cache_dir, tmp_path):
     """Deaths before and after a checkpoint (every 5), beside and on an evaluation (every 2 and 3), in both phases."""
     cell = tiny(regime="finetune", seed=1)
