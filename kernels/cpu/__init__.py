@@ -19,8 +19,15 @@ def library() -> ctypes.CDLL:
     """The loaded library. Raises KernelUnavailable."""
     import linrnn.kernels
 
-    # An editable install keeps the sources and the built library in two folders of one package path.
-    found = [p for folder in linrnn.kernels.__path__ for p in sorted(Path(folder).glob("linrnn_cpu.*")) if p.is_file()]
+    # An editable install keeps the sources and the built libraries in two folders of one package path.
+    names = ("linrnn_cpu_avx2", "linrnn_cpu") if "AVX" in torch.backends.cpu.get_cpu_capability() else ("linrnn_cpu",)
+    found = [
+        Path(folder, name + suffix)
+        for name in names
+        for folder in linrnn.kernels.__path__
+        for suffix in (".so", ".dll", ".dylib")
+        if Path(folder, name + suffix).is_file()
+    ]
     if not found:
         raise KernelUnavailable(f"linrnn was installed without its compiled CPU kernels; {CURE}")
     try:

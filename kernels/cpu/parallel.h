@@ -15,6 +15,15 @@
 #include <xmmintrin.h>
 #endif
 
+// Before a loop whose iterations touch different elements; the compiler cannot see that through the lambdas.
+#if defined(__clang__)
+#define LINRNN_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define LINRNN_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define LINRNN_INDEPENDENT
+#endif
+
 namespace linrnn {
 
 struct Runtime {
@@ -75,7 +84,7 @@ class SpinBarrier {
       return;
     }
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins > 4096) std::this_thread::yield();
+      if (spins > 256) std::this_thread::yield();
 #if defined(__SSE2__)
       else _mm_pause();
 #endif

@@ -23,7 +23,7 @@ def chunked_scan(
     dtype = torch.promote_types(x.dtype, torch.float32)
     if flags is not None:
         a, x = effective(a.to(dtype), x, flags)
-    a = a.to(dtype if x.is_complex() and a.is_complex() or not x.is_complex() else a.dtype)
+    a = a.to(dtype if (x.is_complex() and a.is_complex()) or not x.is_complex() else a.dtype)
     s = x.new_zeros(B, D, dtype=dtype) if initial_state is None else initial_state
     h = x.new_empty(B, T, D, dtype=dtype)
     C = min(MAX_CHUNK, math.isqrt(T)) or 1
