@@ -253,6 +253,11 @@ def main(argv: list[str] | None = None) -> int:
     from lra.interrupt import Interrupted
 
     given = sys.argv[1:] if argv is None else argv
+    if given == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"lra, linrnn {version('linrnn')}")
+        return 0
     try:
         from lra.parser import parse_and_call
 

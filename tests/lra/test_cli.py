@@ -43,6 +43,12 @@ def test_help_is_fast_and_imports_nothing_heavy():
     assert min(seconds) < 0.5
 
 
+def test_version(capsys):
+    import linrnn
+
+    assert main(["--version"]) == 0 and linrnn.__version__ in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_subcommand_explains_its_options(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -117,9 +123,14 @@ def test_another_task_replaces_the_task_whole(tmp_path, tiny_yaml):
         (["run", "--task.depth", "3"], ["unknown option 'depth'", "max_depth"]),
         (["run", "--task.n_train", "lots"], ["n_train", "lots"]),
         (["run", "listops_quick", "--model.mixer", "lstm"], ["unknown model.mixer 'lstm'", "attention, lru"]),
-        (["run", "--optim.lrr", "3"], ["optim.lrr", "--optim.lr"]),
+        (["run", "--optim.lrr", "3"], ["optim.lrr", "--optim.lr, --optim.pretrain_lr"]),
+        (["run", "--lr", "3"], ["--lr", "allowed: --optim.lr\n"]),
+        (["run", "--sed", "3"], ["--sed", "--seed"]),
+        (["data", "--forse"], ["--forse", "--force"]),
         (["run", "--optimm.lr", "3"], ["optimm.lr"]),
-        (["run", "--optim.lr", "fast"], ["optim.lr", "float", "fast"]),
+        (["run", "--optim.lr", "fast"], ["--optim.lr: expected float; got fast"]),
+        (["run", "--optim.clip", "no"], ["--optim.clip: expected float or null; got no"]),
+        (["quick", "--steps", "x"], ["--steps: expected int or null; got x"]),
         (["run", "--optim.lr", "-1"], ["optim.lr must be positive"]),
         (["run", "--regime", "warm"], ["scratch", "pretrain", "finetune", "warm"]),
         (["run", "--objective", "causal"], ["model.bidirectional"]),
