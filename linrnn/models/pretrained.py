@@ -81,7 +81,7 @@ class Pretrained(nn.Module):
             raise ValueError(f"{path}: holds a {name}; load it with {name}.from_pretrained, not {cls.__name__}")
         try:
             return cls(**arguments)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: {cls.__name__} does not take these arguments ({error}); "
                 f"it was written by linrnn {config.get('version', 'of unknown version')}"

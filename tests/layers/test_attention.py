@@ -128,3 +128,15 @@ def test_causal_false_is_bidirectional() -> None:
 def test_bad_values(d_model: int, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Attention(d_model, **kwargs)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_every_query_sees_a_key(bidirectional: bool) -> None:
+    layer = Attention(16, bidirectional=bidirectional)
+    x, mask = torch.randn(3, 9, 16), torch.rand(3, 9) < 0.5
+    mask[2] = False
+    reset = torch.rand(3, 9) < 0.3
+    for state in [None] if bidirectional else [None, layer.init_state(3), layer(x, mask=mask)[1]]:
+        for r in (None, reset):
+            assert layer.allowed(x, state, r, mask).any(-1).all()  # a row without keys is NaN in some kernels
+            assert layer(x, state, reset=r, mask=mask)[0].isfinite().all()

@@ -423,6 +423,23 @@ def test_small_shapes(name: str, bidirectional: bool, B: int, T: int) -> None:
                 assert torch.equal(ours, theirs)
 
 
+@pytest.mark.gpu
+@each_way
+def test_gpu_agrees_with_cpu(name: str, bidirectional: bool) -> None:
+    layer = make_way(name, bidirectional).float()
+    x, mask, reset = torch.randn(4, 63, D), padding("ragged", 63), torch.rand(4, 63) < 0.1
+    for kwargs in ({}, {"mask": mask}, {"mask": mask, "reset": reset}):
+        expected, _ = layer(x, **kwargs)
+        layer.cuda()
+        for dtype in (torch.float32, torch.bfloat16):
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                y, _ = layer(x.cuda(), **{name: flags.cuda() for name, flags in kwargs.items()})
+            assert y.isfinite().all()
+            real = kwargs.get("mask", torch.ones_like(mask))
+            assert relative_error(y.cpu()[real], expected[real]) < 20 * torch.finfo(dtype).eps
+        layer.cpu()
+
+
 # 7: memory
 
 

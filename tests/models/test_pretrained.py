@@ -115,6 +115,10 @@ def test_bad_config(tmp_path: Path) -> None:
     folder = edited(tmp_path, arguments={"n_classes": 3, "vocab_size": 7, "depth": 2})
     with pytest.raises(ValueError, match=r"config\.json: SequenceClassifier does not take these arguments .*'depth'"):
         SequenceClassifier.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"config\.json: SequenceClassifier does not take .*'gru'"):
+        SequenceClassifier.from_pretrained(
+            edited(tmp_path, arguments={"n_classes": 3, "vocab_size": 7, "mixer": "gru"})
+        )
     for text in ("{", "[]", '{"class": "SequenceClassifier"}', '{"class": "SequenceClassifier", "arguments": 3}'):
         (folder / CONFIG).write_text(text)
         with pytest.raises(ValueError, match=r"config\.json: expected JSON with class, version and arguments"):
