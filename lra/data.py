@@ -120,31 +120,33 @@ def _read(task: ListOps, folder: Path) -> dict[str, Dataset]:
 
     manifest = _manifest(task, folder)
     for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise _damaged(task, path, "is missing")
-        if _sha256(path) != expected:
-            raise _damaged(task, path, "has changed since it was written (its SHA-256 differs)")
+        if not (folder / name).is_file():
+            raise _damaged(task, folder, name, "is missing")
+        if _sha256(folder / name) != expected:
+            raise _damaged(task, folder, name, "has changed since it was written (its SHA-256 differs)")
     return {name: datasets.load_from_disk(folder / name) for name in SPLITS}
 
 
 def _manifest(task: ListOps, folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        raise _damaged(task, path, "is missing")
+        raise _damaged(task, folder, MANIFEST, "is missing")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["config"] != task.data_config():
-            raise _damaged(task, path, "describes another data set")
+            raise _damaged(task, folder, MANIFEST, "describes another data set")
         if not {f"{name}/state.json" for name in SPLITS} <= set(manifest["files"]):
-            raise _damaged(task, path, "lacks the checksums of a split")
+            raise _damaged(task, folder, MANIFEST, "lacks the checksums of a split")
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(task, path, "cannot be read as a manifest") from error
+        raise _damaged(task, folder, MANIFEST, "cannot be read as a manifest") from error
     return manifest
 
 
-def _damaged(task: ListOps, path: Path, what: str) -> CacheError:
-    return CacheError(f"{path} {what}; generate the data again: lra data {task.name} --force")
+def _damaged(task: ListOps, folder: Path, name: str, what: str) -> CacheError:
+    return CacheError(
+        f"{folder / name} {what}; to generate the data again, run `lra data {task.name} --force` "
+        f"with the same options of the task, or delete {folder}"
+    )
 
 
 def _sha256(path: Path) -> str:

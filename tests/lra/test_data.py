@@ -106,7 +106,9 @@ def test_a_damaged_file_is_named(tmp_path, name, damage, message):
     with pytest.raises(CacheError) as error:
         load(TASK, tmp_path)
     assert str(path) in str(error.value) and message in str(error.value)
-    assert "lra data listops --force" in str(error.value)
+    assert "run `lra data listops --force`" in str(error.value) and f"delete {data_dir(TASK, tmp_path)}" in str(
+        error.value
+    )
     assert contents(load(TASK, tmp_path, force=True)) == good == contents(load(TASK, tmp_path))
 
 
