@@ -8,7 +8,7 @@ from typing import Any
 from lra.config import Cell, Regime, cell_from_dict
 from lra.results import highest_line, standard_error, task_changes
 
-PRESETS = ["quick", "listops_quick"]
+PRESET = "listops_quick"
 NAMES = {"lru": "LRU", "attention": "Transformer"}
 REGIMES: dict[Regime, str] = {"scratch": "scratch", "finetune": "pretrained"}
 
@@ -18,7 +18,7 @@ def quick_cells(steps: int | None, seed: int) -> dict[tuple[str, Regime], Cell]:
     from lra.presets import read
     from lra.sweep import model_family
 
-    base = replace(cell_from_dict(read(PRESETS)), seed=seed)
+    base = replace(cell_from_dict(read([PRESET])), seed=seed)
     if steps is not None:
         if steps < 2:
             raise ValueError(f"steps must be at least 2; got {steps}")

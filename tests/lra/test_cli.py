@@ -99,7 +99,7 @@ def test_every_preset_is_a_valid_part_of_a_cell():
     from lra.config import cell_from_dict
 
     names = presets()
-    assert {"listops", "listops_quick", "lru", "attention", "scratch", "masked", "causal", "quick"} <= set(names)
+    assert {"listops", "listops_quick", "lru", "attention", "scratch", "masked", "causal"} <= set(names)
     for name, path in names.items():
         assert path.read_text().startswith("# lra "), f"{name}: a preset opens with the command that runs it"
         cell_from_dict({"task": {"name": "listops"}, **read([name])}).plan()
