@@ -9,6 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from lra.config import cell_from_dict
+from lra.presets import read
 from lra.tasks import TASKS, ListOps, build_task
 from lra.tasks.listops import TOKENS
 from lra.tasks.listops_reference import truncated_value
@@ -219,6 +221,14 @@ def test_defaults_are_the_benchmark():
     assert (task.n_train, task.n_val, task.n_test, task.max_length) == (96_000, 2_000, 2_000, 1_999)
     assert (task.n_classes, task.vocab_size, task.mask_rate, task.pooling) == (10, 17, 0.1, "mean")
     assert TASKS["listops"] is type(task) and task.name == "listops"
+
+
+@pytest.mark.parametrize("preset", ["listops", "listops_quick"])
+def test_presets(preset):
+    cell = cell_from_dict(read([preset]))
+    task = cell.build_task()
+    assert (task == ListOps()) == (preset == "listops")
+    assert 0 < (cell.budget.labels or task.n_train) <= task.n_train
 
 
 @pytest.mark.parametrize(
