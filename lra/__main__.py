@@ -162,7 +162,7 @@ def quick(
     seed: int = 0,
     out: str = "runs/quick",
     cache_dir: str | None = None,
-    threads: int | None = None,
+    threads: int = 1,
 ) -> None:
     """Compare LRU and Transformer, from scratch and pretrained, on a reduced ListOps in minutes on a CPU.
 
@@ -171,7 +171,7 @@ def quick(
         seed: of initialisation, batches, noise and dropout.
         out: folder of the results and the report; running again resumes there.
         cache_dir: folder of the data sets; null: $LRA_CACHE or the user's cache.
-        threads: threads of torch; null: its own choice.
+        threads: threads of torch; the models are too small for more than one to pay.
     """
     from lra.quick import run_quick
 

@@ -28,7 +28,7 @@ def run_cell(
     Args:
         cell: what to compute; `cell.key` is its folder in `runs_dir`.
         cache_dir: folder of the data sets; None for the default of `lra.data`.
-        accelerator: Lightning's name of the device: auto, cpu or gpu.
+        accelerator: auto (the GPU if there is one), cpu or gpu.
         say: takes one line of text per event.
 
     Returns:
@@ -44,7 +44,7 @@ def run_cell(
     folder = Path(runs_dir) / cell.key
     if (done := finished(cell, folder)) is not None:
         return done
-    _check_buildable(cell, task)
+    _check_buildable(cell, task, accelerator)
     pretrained = None
     if cell.regime == "finetune":
         pretrained = run_cell(cell.pretraining(), runs_dir, cache_dir=cache_dir, accelerator=accelerator, say=say)
@@ -83,11 +83,13 @@ def config_yaml(cell: Cell) -> str:
     return f"# lra run --config {CONFIG}\n" + yaml.safe_dump(cell.to_dict(), sort_keys=False)
 
 
-def _check_buildable(cell: Cell, task: Any) -> None:
-    """Refuses a bad model before any data is generated."""
+def _check_buildable(cell: Cell, task: Any, accelerator: str) -> None:
+    """Refuses a bad model or device before any data is generated."""
     from lra.networks import sizes
+    from lra.train import device_kind
 
     sizes(cell.model, task)
+    device_kind(accelerator)
 
 
 @lru_cache(maxsize=2)

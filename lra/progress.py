@@ -44,12 +44,9 @@ class Progress(Callback):
             self.shown, elapsed = now, now - self.started
             speed = (step - self.first) / max(elapsed, 1e-9)
             left = (self.steps - step) / max(speed, 1e-9)
-            print(
-                f"{self.label}: step {step}/{self.steps}, {speed:.1f} steps/s, {self._numbers()}, "
-                f"{elapsed:.0f} s, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            parts = [f"step {step}/{self.steps}", f"{speed:.1f} steps/s", self._numbers(), f"{elapsed:.0f} s"]
+            line = ", ".join(part for part in parts if part)
+            print(f"{self.label}: {line}, {left:.0f} s left", file=sys.stderr, flush=True)
 
     def _numbers(self) -> str:
         parts = [f"loss {self.loss:.3f}"] if self.loss == self.loss else []

@@ -188,7 +188,7 @@ def fit(
 
     Raises:
         Interrupted: SIGINT or SIGTERM; the state is saved first.
-        ValueError: `last.ckpt` is damaged or belongs to another configuration.
+        ValueError: `last.ckpt` is damaged or belongs to another configuration, or there is no such device.
         FloatingPointError: the loss is no longer finite.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -205,7 +205,7 @@ def fit(
         progress = Progress(cell.key, cell.steps)
         recorder = Recorder(folder, cell, val, flag, progress)
         trainer = Trainer(
-            accelerator=accelerator,
+            accelerator=device_kind(accelerator),
             devices=1,
             max_epochs=-1,
             max_steps=cell.steps,
@@ -259,6 +259,18 @@ def plan_differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
         pairs = ((theirs.get(k), ours.get(k), f"{name}.{k}".lstrip(".")) for k in keys)
         return [difference for pair in pairs for difference in plan_differences(*pair)]
     return [] if theirs == ours else [f"{name} is {theirs!r} there, {ours!r} here"]
+
+
+def device_kind(accelerator: str) -> str:
+    """`gpu` or `cpu`; auto is the GPU if torch sees one.
+
+    Raises:
+        ValueError: gpu is asked for and there is none.
+    """
+    here = torch.cuda.is_available()
+    if accelerator == "gpu" and not here:
+        raise ValueError("accelerator gpu: torch sees no GPU here; use auto or cpu")
+    return "gpu" if here and accelerator != "cpu" else "cpu"
 
 
 def _device_name(device: torch.device) -> str:

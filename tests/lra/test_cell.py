@@ -178,6 +178,25 @@ def test_a_bad_model_is_refused_before_any_data_is_made(tiny, run, monkeypatch, 
         run(tiny(model=change))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_refused_before_any_data_is_made(tiny, cache_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("lra.cell._data", lambda *a: pytest.fail("made data"))
+    with pytest.raises(ValueError, match="torch sees no GPU"):
+        run_cell(tiny(), tmp_path, cache_dir=cache_dir, accelerator="gpu")
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_and_resumes(tiny, cache_dir, tmp_path, monkeypatch):
+    """On a GPU the pieces fit together; bits are promised on the CPU."""
+    cell = tiny(regime="finetune")
+    with monkeypatch.context() as patch:
+        patch.setattr("lra.cell.write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run_cell(cell, tmp_path, cache_dir=cache_dir, accelerator="gpu")
+    result = run_cell(cell, tmp_path, cache_dir=cache_dir, accelerator="gpu")
+    assert result["device"] != "cpu" and result["curve"][-1]["step"] == cell.steps
+
+
 def test_initialisation_is_a_function_of_the_seed(tiny):
     cell = tiny()
     nets = [build_net(cell.model, cell.build_task(), denoise=True, seed=s).state_dict() for s in (1, 1, 2)]
