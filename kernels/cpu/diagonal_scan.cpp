@@ -92,6 +92,7 @@ struct Pass {
   using X = X_;
   using S = arithmetic<X>;
   using M = arithmetic<A>;
+  using Wide = decltype(in_double(M{}));  // of products over many tokens, whose rounding would not average out
   const Args& args;
   int64_t b, j0, width;
 
@@ -114,6 +115,7 @@ template <class A, class X>
 struct Forward : Pass<A, X> {
   using typename Pass<A, X>::S;
   using typename Pass<A, X>::M;
+  using typename Pass<A, X>::Wide;
   using Pass<A, X>::args, Pass<A, X>::b, Pass<A, X>::j0, Pass<A, X>::width;
 
   const bool streaming = streams<X>(args.h, args), down = args.h.stride_t < 0;
@@ -142,21 +144,20 @@ struct Forward : Pass<A, X> {
     }
   }
 
-  void reduce(int64_t begin, int64_t end, M* __restrict p, S* __restrict q) const {
-    std::fill(p, p + width, one<M>());
+  void reduce(int64_t begin, int64_t end, Wide* __restrict p, S* __restrict q) const {
+    std::fill(p, p + width, one<Wide>());
     std::fill(q, q + width, S{});
     for (int64_t t = begin; t < end; ++t) {
       const A* __restrict a = row<A>(args.a, b, t) + j0;
       const X* __restrict x = row<X>(args.x, b, t) + j0;
       const uint8_t flag = this->flag(t);
-      if (flag & RESET) std::fill(p, p + width, M{}), std::fill(q, q + width, S{});
+      if (flag & RESET) std::fill(p, p + width, Wide{}), std::fill(q, q + width, S{});
       if (flag & HOLD) continue;
       for_blocks<X>(width, down, [&](auto block, int64_t j) {
         LINRNN_INDEPENDENT
-        for (int i = j; i < j + block; ++i) {
-          q[i] = add(mul(widen(a[i]), q[i]), widen(x[i]));
-          p[i] = mul(widen(a[i]), p[i]);
-        }
+        for (int i = j; i < j + block; ++i) q[i] = add(mul(widen(a[i]), q[i]), widen(x[i]));
+        LINRNN_INDEPENDENT
+        for (int i = j; i < j + block; ++i) p[i] = mul(in_double(widen(a[i])), p[i]);
       });
     }
   }
@@ -168,6 +169,7 @@ template <class A, class X>
 struct Backward : Pass<A, X> {
   using typename Pass<A, X>::S;
   using typename Pass<A, X>::M;
+  using typename Pass<A, X>::Wide;
   using Pass<A, X>::args, Pass<A, X>::b, Pass<A, X>::j0, Pass<A, X>::width;
 
   const bool streaming_x = streams<X>(args.grad_x, args), streaming_a = streams<A>(args.grad_a, args);
@@ -234,25 +236,27 @@ struct Backward : Pass<A, X> {
     });
   }
 
-  void reduce(int64_t begin, int64_t end, M* __restrict p, S* __restrict q) const {
-    std::fill(p, p + width, one<M>());
+  void reduce(int64_t begin, int64_t end, Wide* __restrict p, S* __restrict q) const {
+    std::fill(p, p + width, one<Wide>());
     std::fill(q, q + width, S{});
     for (int64_t t = args.T - 1 - begin; t > args.T - 1 - end; --t) {
       const A* __restrict a = row<A>(args.a, b, t) + j0;
       const X* __restrict grad_h = row<X>(args.grad_h, b, t);
       const uint8_t flag = this->flag(t);
       if (flag & RESET) {
-        std::fill(p, p + width, M{}), std::fill(q, q + width, S{});
+        std::fill(p, p + width, Wide{}), std::fill(q, q + width, S{});
         continue;
       }
       for_blocks<X>(width, down, [&](auto block, int64_t j) {
-        LINRNN_INDEPENDENT
-        for (int i = j; i < j + block; ++i) {
-          if (grad_h) q[i] = add(q[i], widen(grad_h[j0 + i]));
-          if (flag & HOLD) continue;
-          q[i] = mul(conj(widen(a[i])), q[i]);
-          p[i] = mul(conj(widen(a[i])), p[i]);
+        if (grad_h) {
+          LINRNN_INDEPENDENT
+          for (int i = j; i < j + block; ++i) q[i] = add(q[i], widen(grad_h[j0 + i]));
         }
+        if (flag & HOLD) return;
+        LINRNN_INDEPENDENT
+        for (int i = j; i < j + block; ++i) q[i] = mul(conj(widen(a[i])), q[i]);
+        LINRNN_INDEPENDENT
+        for (int i = j; i < j + block; ++i) p[i] = mul(conj(in_double(widen(a[i]))), p[i]);
       });
     }
   }

@@ -1,7 +1,7 @@
 // Spreads a recurrence over threads. A pass is one direction of a scan over B sequences of `length()` tokens:
 //
 //   pass.scan(begin, end, s, sum)   runs tokens [begin, end) from state s, writes outputs, adds to sum; s moves on
-//   pass.reduce(begin, end, p, q)   the same tokens as the affine map s -> p s + q, without outputs
+//   pass.reduce(begin, end, p, q)   the same tokens as the affine map s -> p s + q, without outputs; p in double
 //   pass.start(s), pass.finish(s, sum)
 //
 // With enough sequences each thread takes whole ones; wide sequences are split into strips of channels. A narrow
@@ -69,7 +69,8 @@ struct Team {
   using S = typename Pass::S;
   using M = typename Pass::M;
   int members;
-  Rows<M> p, sums;
+  Rows<typename Pass::Wide> p;
+  Rows<M> sums;
   Rows<S> q;
   SpinBarrier barrier;
   Team(int members, int64_t width)
@@ -103,9 +104,9 @@ void drive_team(const Pass& pass, Team<Pass>& team, int member) {
     team.barrier.wait(team.members);
     std::copy_n(team.q[slot(0)], width, s);
     const auto apply = [&](int m) {
-      const M* p = team.p[slot(m)];
+      const auto* p = team.p[slot(m)];
       const S* q = team.q[slot(m)];
-      for (int64_t j = 0; j < width; ++j) s[j] = add(mul(p[j], s[j]), q[j]);
+      for (int64_t j = 0; j < width; ++j) round_to(add(mul(p[j], in_double(s[j])), in_double(q[j])), s[j]);
     };
     for (int m = 1; m < (member ? member : team.members); ++m) apply(m);
     if (member) scan_and_sum(pass, begin, end, s, partial, total);
@@ -120,6 +121,7 @@ void drive_team(const Pass& pass, Team<Pass>& team, int member) {
 // make(b, j0, width) gives the pass over channels [j0, j0 + width) of sequence b.
 template <class Pass, class Make>
 void drive(int64_t B, int64_t D, int threads, const Make& make) {
+  if (B == 0 || D == 0) return;
   std::atomic<int64_t> next{0};
   std::vector<std::unique_ptr<Team<Pass>>> teams;
   std::atomic<int> ready{0};

@@ -85,6 +85,15 @@ inline M grad_of_coefficient(cplx<R> g, cplx<R> h) {
   else return mul(g, conj(h));
 }
 
+inline double in_double(float v) { return v; }
+inline double in_double(double v) { return v; }
+template <class R>
+inline cplx<double> in_double(cplx<R> v) { return {v.re, v.im}; }
+inline void round_to(double v, float& to) { to = float(v); }
+inline void round_to(double v, double& to) { to = v; }
+template <class R>
+inline void round_to(cplx<double> v, cplx<R>& to) { to = {R(v.re), R(v.im)}; }
+
 template <class X>
 using arithmetic = decltype(widen(X{}));
 

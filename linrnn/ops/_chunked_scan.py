@@ -13,8 +13,9 @@ def chunked_scan(
 ) -> tuple[Tensor, Tensor]:
     """h in x's dtype and the final state in the state dtype; not differentiable (it writes in place).
 
-    Time is cut into n chunks of C: C steps on all chunks at once give each chunk's scan from a zero state and its
-    product of a; n steps carry the states across; C steps add the carried state, decayed, to each chunk.
+    Time is cut into n chunks of C: C steps on all chunks at once give each chunk's map s -> p s + q; n steps carry
+    the state across them; C steps scan every chunk from the state before it. (Adding the decayed state to a scan from
+    zero would cost the same, with twice the rounding error.)
     """
     if reverse:
         h, final_state = chunked_scan(*flip_time(a, x), initial_state, None if flags is None else flags.flip(1), False)
@@ -23,33 +24,39 @@ def chunked_scan(
     dtype = torch.promote_types(x.dtype, torch.float32)
     if flags is not None:
         a, x = effective(a.to(dtype), x, flags)
-    a = a.to(dtype if (x.is_complex() and a.is_complex()) or not x.is_complex() else a.dtype)
+    if not x.is_complex():
+        a = a.to(dtype)
     s = x.new_zeros(B, D, dtype=dtype) if initial_state is None else initial_state
     h = x.new_empty(B, T, D, dtype=dtype)
     C = min(MAX_CHUNK, math.isqrt(T)) or 1
     n = T // C
     if n > 0:
-        local = h[:, : n * C].unflatten(1, (n, C))
         xs = x[:, : n * C].unflatten(1, (n, C)).unbind(2)
         decays = (a,) * C if a.ndim == 1 else a[..., : n * C, :].unflatten(-2, (n, C)).unbind(-2)
-        q = x.new_zeros(B, n, D, dtype=dtype)
-        p = torch.ones_like(decays[0])
-        for j in range(C):
-            q = xs[j] + decays[j] * q
-            p = decays[j] * p
-            local[:, :, j] = q
-        p = p.expand(*q.shape[:-1], D) if p.ndim < 3 else p
-        before = torch.empty_like(q)  # the state before each chunk
+        p, q = decays[0], xs[0].to(dtype)
+        for a_j, x_j in zip(decays[1:], xs[1:], strict=True):
+            p, q = a_j * p, x_j + a_j * q
+        if a.ndim == 1:
+            p = _power(a, C).expand(n, D)
+        before = torch.empty_like(q)  # the state before each chunk, (B, n, D)
         for i in range(n):
             before[:, i] = s
-            s = q[:, i] + p[:, i] * s
-        for j in range(C):
-            before = decays[j] * before
-            local[:, :, j] += before
+            s = (q[:, i] + p[..., i, :] * s).to(dtype)
+        chunks = h[:, : n * C].unflatten(1, (n, C))
+        for j, (a_j, x_j) in enumerate(zip(decays, xs, strict=True)):
+            before = x_j + a_j * before
+            chunks[:, :, j] = before
     for t in range(n * C, T):
         s = x[:, t] + (a if a.ndim == 1 else a[..., t, :]) * s
         h[:, t] = s
     return h.to(x.dtype), s.clone()
+
+
+def _power(a: Tensor, n: int) -> Tensor:
+    """a^n in double precision: its rounding error is the same in every chunk, so it would add up, not average out."""
+    if a.device.type == "mps":  # has no float64
+        return a**n
+    return a.to(torch.promote_types(a.dtype, torch.float64)) ** n
 
 
 def effective(a: Tensor, x: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,78 @@
+"""What diagonal_scan says to bad input, and how it falls back."""
+
+import warnings
+
+import pytest
+import torch
+
+from linrnn.ops import BackendUnavailable, FallbackWarning, _backend, diagonal_scan, reset_from_cu_seqlens
+
+A, X = torch.rand(4), torch.randn(2, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        ({"x": X[0]}, r"x must be \(B, T, D\), got shape \(5, 4\)"),
+        ({"a": torch.rand(5)}, r"a must be \(D,\), \(T, D\) or \(B, T, D\) .* got shape \(5,\)"),
+        ({"a": torch.rand(2, 4)}, r"a must be .* got shape \(2, 4\)"),
+        ({"x": X.long()}, r"x must be floating point or complex, got torch.int64"),
+        ({"a": A.bool()}, r"a must be floating point or complex, got torch.bool"),
+        ({"initial_state": torch.zeros(4)}, r"initial_state must be \(B, D\) = \(2, 4\), got shape \(4,\)"),
+        ({"initial_state": torch.zeros(2, 4, dtype=torch.complex64)}, r"initial_state is torch.complex64, but a and x"),
+        ({"reset": torch.zeros(2, 4, dtype=torch.bool)}, r"reset must be bool of shape \(B, T\) = \(2, 5\)"),
+        ({"reset": torch.zeros(2, 5)}, r"reset must be bool .* got torch.float32"),
+        ({"mask": torch.ones(5, dtype=torch.bool)}, r"mask must be bool of shape \(B, T\) = \(2, 5\)"),
+        ({"a": A.to("meta")}, r"a is on meta but x is on cpu"),
+        ({"initial_state": torch.zeros(2, 4, device="meta")}, r"initial_state is on meta but x is on cpu"),
+        ({"backend": "fast"}, r"backend must be one of auto, reference, torch, cpu, cuda, triton, got 'fast'"),
+    ),
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        diagonal_scan(**{"a": A, "x": X, **arguments})
+    if "backend" in arguments:
+        with pytest.raises(ValueError, match=message):
+            diagonal_scan(A.clone().requires_grad_(), X, backend="fast")
+
+
+def test_a_backend_that_cannot_run_here():
+    for grad in (False, True):
+        x = X.clone().requires_grad_(grad)
+        with pytest.raises(BackendUnavailable, match="backend='triton' has no kernel"):
+            diagonal_scan(A, x, backend="triton")
+    with pytest.raises(BackendUnavailable, match="runs on CPU tensors, got tensors on meta"):
+        diagonal_scan(A.to("meta"), X.to("meta"), backend="cpu")
+
+
+def test_without_the_library_torch_runs_and_one_warning_says_why(monkeypatch):
+    monkeypatch.setattr(_backend, "_cpu_library_missing", lambda: "the library is missing; install a compiler")
+    _backend._warn_once.cache_clear()
+    with pytest.warns(FallbackWarning, match="pure torch.*install a compiler"):
+        h, _ = diagonal_scan(A, X)
+    torch.testing.assert_close(h, diagonal_scan(A, X, backend="reference")[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        diagonal_scan(A, X)
+    with pytest.raises(BackendUnavailable, match="cannot run here: the library is missing"):
+        diagonal_scan(A, X, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    (
+        torch.tensor([0, 3]),
+        torch.tensor([1, 5]),
+        torch.tensor([0, 4, 2, 5]),
+        torch.tensor([0.0, 5.0]),
+        torch.tensor([5]),
+    ),
+)
+def test_bad_cu_seqlens(bounds):
+    with pytest.raises(ValueError, match="cu_seqlens must"):
+        reset_from_cu_seqlens(bounds, 5)
+
+
+def test_meta_tensors_give_shapes():
+    h, final_state = diagonal_scan(A.to("meta"), X.to("meta").requires_grad_())
+    assert h.shape == X.shape and final_state.shape == (2, 4) and h.device.type == "meta"
