@@ -182,7 +182,12 @@ def quick(
 COMMANDS = {f.__name__: f for f in (tasks, data, run, sweep, report, params, quick)}
 TAKES_PRESETS = ("data", "run", "sweep", "params")
 LISTS = ("--mixers", "--regimes", "--seeds", "--lrs")
-SECTIONS = {"data": ("task",), "params": ("task", "model"), "sweep": ("task", "model", "optim", "budget", "objective")}
+# What a subcommand takes of a file that describes a whole run.
+SECTIONS = {
+    "data": ("task", "cache_dir"),
+    "params": ("task", "model"),
+    "sweep": ("task", "model", "optim", "budget", "objective", "runs_dir", "cache_dir", "accelerator", "threads"),
+}
 DESCRIPTION = """The Long Range Arena with pretraining.
 Presets (`lra tasks` lists them) or YAML files come first, in the order in which they are merged; flags override them:
 lra run listops lru masked --seed 1 --optim.lr 5e-4"""

@@ -6,6 +6,9 @@ from typing import Any
 
 import yaml
 
+# Keys of a file, as `lra run --print_config` writes it, that say where to compute and not what.
+PLACES = ("runs_dir", "cache_dir", "accelerator", "threads")
+
 
 def configs_dir() -> Path:
     """The folder of presets: `lra/configs` in an installed package, `configs` beside it in a source tree."""
@@ -55,7 +58,8 @@ def read(names: list[str]) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError(f"{path} must hold a mapping of keys; got {type(config).__name__}")
         try:
-            cell_from_dict({**config, "task": config.get("task", {"name": "listops"})})
+            cell = {key: value for key, value in config.items() if key not in PLACES}
+            cell_from_dict({**cell, "task": config.get("task", {"name": "listops"})})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
         if "task" in config and config["task"].get("name") != merged.get("task", {}).get("name"):

@@ -95,6 +95,22 @@ def test_flags_override_files_wherever_they_stand(tiny_yaml, monkeypatch):
     assert seen[1].model.mixer_kwargs == {"r_min": 0.5} and not seen[1].model.bidirectional
 
 
+def test_printed_configuration_runs_again(tiny_yaml, tmp_path, monkeypatch, capsys):
+    argv = [tiny_yaml, "masked", "--seed", "7", "--runs-dir", "elsewhere"]
+    with pytest.raises(SystemExit) as stop:
+        main(["run", *argv, "--print_config"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert stop.value.code == 0 and yaml.safe_load(printed.read_text())["runs_dir"] == "elsewhere"
+    seen = []
+    monkeypatch.setattr("lra.cell.run_cell", lambda cell, runs_dir, **k: seen.append((cell.key, runs_dir)))
+    monkeypatch.setattr("lra.listing.show_result", lambda *a: None)
+    main(["run", str(printed)])
+    main(["run", *argv])
+    assert seen[0] == seen[1]
+    assert main(["params", str(printed)]) == 0, "what a subcommand does not take is left aside"
+
+
 def test_every_preset_is_a_valid_part_of_a_cell():
     from lra.config import cell_from_dict
 
