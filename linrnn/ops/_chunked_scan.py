@@ -18,7 +18,8 @@ def chunked_scan(
     zero would cost the same, with twice the rounding error.)
     """
     if reverse:
-        h, final_state = chunked_scan(*flip_time(a, x), initial_state, None if flags is None else flags.flip(1), False)
+        a, x = flip_time(a, x)
+        h, final_state = chunked_scan(a, x, initial_state, None if flags is None else flags.flip(1), False)
         return h.flip(1), final_state
     B, T, D = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)

@@ -1,9 +1,14 @@
 """The diagonal linear recurrence h_t = a_t * h_{t-1} + x_t, the engine of every vector-state layer."""
 
 import torch
+import torch.autograd.forward_ad as _forward_ad
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 
 from linrnn.ops._backend import choose
+
+_STATE_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def diagonal_scan_reference(a, x, initial_state, reset, mask, reverse):
@@ -55,7 +60,10 @@ def diagonal_scan(
         ValueError: a rank, shape, dtype or device that does not fit, or an unknown backend.
         BackendUnavailable: (a ValueError and a RuntimeError) a known backend that cannot run here.
     """
-    B, T, D = _check(a, x, initial_state, reset, mask)
+    if initial_state is not None and reset is None and mask is None and _single_step(a, x, initial_state, backend):
+        h = torch.addcmul(x.select(1, 0), a, initial_state)
+        return h.unsqueeze(1), h
+    B, D = _check(a, x, initial_state, reset, mask)
     a, x, state_dtype = _promote(a, x)
     if initial_state is not None and initial_state.dtype != state_dtype:
         if initial_state.is_complex() and not state_dtype.is_complex:
@@ -72,10 +80,6 @@ def diagonal_scan(
 
         return scan_op(a, x, initial_state, _flags(reset, mask), reverse, backend)
     if _plain(a, x, initial_state):
-        if T == 1 and initial_state is not None and reset is None and mask is None and x.dtype == state_dtype:
-            choose(backend, x, ("cpu",))
-            h = torch.addcmul(x, a if a.ndim == 1 else a[..., :1, :], initial_state[:, None])
-            return h, h[:, 0]
         from linrnn.ops._scan_autograd import scan_forward
 
         return scan_forward(a, x, initial_state, _flags(reset, mask), reverse, backend)
@@ -102,8 +106,8 @@ def reset_from_cu_seqlens(cu_seqlens: Tensor, T: int, *, reverse: bool = False) 
     return reset
 
 
-def _check(a, x, initial_state, reset, mask) -> tuple[int, int, int]:
-    """Shapes, dtype kinds and devices; returns B, T, D."""
+def _check(a, x, initial_state, reset, mask) -> tuple[int, int]:
+    """Shapes, dtype kinds and devices; returns B, D."""
     if x.ndim != 3:
         raise ValueError(f"x must be (B, T, D), got shape {tuple(x.shape)}")
     B, T, D = x.shape
@@ -122,7 +126,7 @@ def _check(a, x, initial_state, reset, mask) -> tuple[int, int, int]:
     for name, v in (("a", a), ("initial_state", initial_state), ("reset", reset), ("mask", mask)):
         if v is not None and v.device != x.device:
             raise ValueError(f"{name} is on {v.device} but x is on {x.device}; move them to one device")
-    return B, T, D
+    return B, D
 
 
 def _promote(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
@@ -150,14 +154,35 @@ def _flags(reset: Tensor | None, mask: Tensor | None) -> Tensor | None:
     return padding if reset is None else padding | reset.to(torch.uint8)
 
 
+def _single_step(a: Tensor, x: Tensor, initial_state: Tensor, backend: str) -> bool:
+    """Whether the call is one decoding step with a constant a, nothing to convert and nobody watching.
+
+    It is then one torch operation, and these checks are most of what it costs: the rest of the file is passed by.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and backend == "auto"
+        and x.ndim == 3
+        and x.shape[1] == 1
+        and a.ndim == 1
+        and a.shape[0] == x.shape[2]
+        and initial_state.shape == (x.shape[0], x.shape[2])
+        and a.dtype == x.dtype == initial_state.dtype
+        and a.device == x.device == initial_state.device
+        and x.dtype in _STATE_DTYPES
+        and _plain(a, x, initial_state)
+    )
+
+
 def _plain(a: Tensor, x: Tensor, initial_state: Tensor | None) -> bool:
     """Whether nothing watches this call: no autograd, torch.func transform, dispatch mode or tensor subclass.
 
     A plain call goes straight to the kernel, without the dispatcher's overhead.
     """
     tensors = (a, x) if initial_state is None else (a, x, initial_state)
-    if torch.is_grad_enabled() and any(v.requires_grad for v in tensors):
-        return False
-    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return False
-    return torch._C._len_torch_dispatch_stack() == 0 and all(type(v) in (Tensor, torch.nn.Parameter) for v in tensors)
+    for v in tensors:
+        if (v.requires_grad and torch.is_grad_enabled()) or type(v) not in _PLAIN_TYPES:
+            return False
+    return not (
+        _forward_ad._current_level >= 0 or _are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0
+    )
