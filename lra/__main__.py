@@ -133,10 +133,12 @@ def report(runs_dir: str = "runs", out: str | None = None) -> None:
         runs_dir: folder of the results, searched for result.json at any depth.
         out: folder of the report; null: runs_dir.
     """
-    from lra.report import write_report
+    from lra.report import show_report, write_report
     from lra.results import load_results
 
-    written = write_report(load_results(Path(runs_dir)), Path(out or runs_dir))
+    results = load_results(Path(runs_dir))
+    show_report(results)
+    written = write_report(results, Path(out or runs_dir))
     print("\n".join(f"wrote {path}" for path in written))
 
 

@@ -83,7 +83,7 @@ def draw_curves(axis: Any, section: Section, colours: dict[str, str]) -> None:
     axis.set_xlabel("steps, pretraining included")
     axis.set_ylabel("validation accuracy (%)")
     axis.set_title("training on labels", fontsize=10)
-    axis.legend(fontsize=8, framealpha=0.7, edgecolor="none")
+    legend_below(axis)
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -102,8 +102,12 @@ def draw_pretraining(axis: Any, section: Section, colours: dict[str, str]) -> No
     hidden = "hidden" if section.direction == "bidirectional" else "next"
     axis.set_ylabel(f"validation accuracy on {hidden} tokens (%)")
     if drawn:
-        axis.legend(fontsize=8, framealpha=0.7, edgecolor="none")
+        legend_below(axis)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def legend_below(axis: Any) -> None:
+    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
 
 
 def label(group: Group, section: Section, between: str = "\n") -> str:

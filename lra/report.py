@@ -6,25 +6,34 @@ from typing import Any
 from lra.files import write_csv, write_text
 from lra.results import Group, Section, direction, highest_line, sections, standard_error
 
+WIDE = ("width x blocks", "steps", "tokens (M)", "Tflop")
+
 
 def write_report(results: list[dict[str, Any]], out: Path) -> list[Path]:
-    """Writes report.md, report.csv and report.png to `out`, prints the tables, and returns the paths.
+    """Writes report.md, report.csv and report.png to `out` and returns the paths.
 
     Args:
         results: of cells, as `lra.results.load_results` reads them.
     """
-    from lra.listing import table
     from lra.plot import save_plot
 
     found = sections(results)
-    for section in found:
-        table(section.title, *accuracy_table(section))
-        table("Test accuracy by length in tokens", *length_table(section))
     paths = [out / "report.md", out / "report.csv", out / "report.png"]
     write_text(paths[0], "\n".join(markdown(section) for section in found) + "\n![accuracies](report.png)\n")
     write_csv(paths[1], [flat(result) for result in results if "test" in result])
     save_plot(found, paths[2])
     return paths
+
+
+def show_report(results: list[dict[str, Any]]) -> None:
+    """Prints the tables of a report, without the columns that would not fit into a terminal."""
+    from lra.listing import table
+
+    for section in sections(results):
+        columns, rows = accuracy_table(section)
+        kept = [i for i, column in enumerate(columns) if column not in WIDE]
+        table(section.title, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
+        table("Test accuracy (%) by length in tokens", *length_table(section))
 
 
 def percent(value: float) -> str:

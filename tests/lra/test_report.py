@@ -13,7 +13,7 @@ import pytest
 from lra.config import Cell
 from lra.plot import spread
 from lra.quick import NAMES, change, introduction, ladder, quick_cells, reading, run_quick
-from lra.report import write_report
+from lra.report import show_report, write_report
 from lra.results import highest_line, load_results, sections, task_changes
 
 LINES = {"majority": 0.17, "root operator": 0.37, "exact to depth 1": 0.57, "exact to depth 2": 0.73}
@@ -108,6 +108,7 @@ def test_settings_that_differ_are_groups_and_columns(tiny):
 
 
 def test_report_files_say_what_the_results_say(folder, tmp_path, capsys):
+    show_report(load_results(folder))
     paths = write_report(load_results(folder), tmp_path / "out")
     assert [p.name for p in paths] == ["report.md", "report.csv", "report.png"]
     text = paths[0].read_text()
@@ -129,6 +130,7 @@ def test_report_files_say_what_the_results_say(folder, tmp_path, capsys):
     assert paths[2].read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "61.0" in out and "causal" in out and "4 to 9" in out
+    assert max(map(len, out.splitlines())) <= 120
 
 
 def test_reports_read_and_never_write_results(folder, tmp_path):
