@@ -100,21 +100,25 @@ class RecurrentLayer(nn.Module):
             )
 
     def check_inputs(self, x: Tensor, state: State, reset: Tensor | None, mask: Tensor | None) -> None:
-        """Raises ValueError for a wrong shape and TypeError for a wrong type, naming the argument."""
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        """Raises TypeError for what is no tensor, ValueError for a wrong shape or dtype, naming the argument."""
+        if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a floating point tensor, got {describe(x)}")
+        if not x.is_floating_point():
+            raise ValueError(f"x: expected a floating point tensor, got {describe(x)}")
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x: expected shape (batch, time, {self.d_model}), got {tuple(x.shape)}")
         dtype = next(self.parameters()).dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(
+            raise ValueError(
                 f"x: expected {dtype} like the parameters, got {x.dtype}; convert one or use torch.autocast"
             )
         for name, flags in (("reset", reset), ("mask", mask)):
             if flags is None:
                 continue
-            if not isinstance(flags, Tensor) or flags.dtype != torch.bool:
+            if not isinstance(flags, Tensor):
                 raise TypeError(f"{name}: expected a bool tensor, got {describe(flags)}")
+            if flags.dtype != torch.bool:
+                raise ValueError(f"{name}: expected a bool tensor, got {describe(flags)}")
             if flags.shape != x.shape[:2]:
                 raise ValueError(f"{name}: expected shape {tuple(x.shape[:2])}, got {tuple(flags.shape)}")
         if state is not None:
@@ -136,7 +140,7 @@ class RecurrentLayer(nn.Module):
                 shown = ", ".join("any" if n is None else str(n) for n in expected)
                 raise ValueError(f"state.{field}: expected shape ({shown}), got {tuple(leaf.shape)}")
             if leaf.dtype != dtype if dtype is not None else not leaf.is_floating_point():
-                raise TypeError(f"state.{field}: expected {dtype or 'a floating point tensor'}, got {leaf.dtype}")
+                raise ValueError(f"state.{field}: expected {dtype or 'a floating point tensor'}, got {leaf.dtype}")
 
 
 def describe(value: object) -> str:

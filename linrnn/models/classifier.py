@@ -140,18 +140,18 @@ class SequenceClassifier(Pretrained):
             raise TypeError(f"x: expected a tensor, got {describe(x)}")
         if self.d_input is None:
             if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-                raise TypeError(f"x: expected integer token ids, got {x.dtype}")
+                raise ValueError(f"x: expected integer token ids, got {x.dtype}")
             if x.ndim != 2:
                 raise ValueError(f"x: expected token ids of shape (batch, time), got {tuple(x.shape)}")
         elif not x.is_floating_point():
-            raise TypeError(f"x: expected floating point inputs, got {x.dtype}")
+            raise ValueError(f"x: expected floating point inputs, got {x.dtype}")
         elif x.ndim != 3 or x.shape[-1] != self.d_input:
             raise ValueError(f"x: expected shape (batch, time, {self.d_input}), got {tuple(x.shape)}")
         if self.max_length is not None and x.shape[1] > self.max_length:
             raise ValueError(f"x: expected at most max_length = {self.max_length} tokens, got {x.shape[1]}")
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                raise TypeError(f"mask: expected a bool tensor, True on real tokens, got {describe(mask)}")
+                raise ValueError(f"mask: expected a bool tensor, True on real tokens, got {describe(mask)}")
             if mask.shape != x.shape[:2]:
                 raise ValueError(f"mask: expected shape {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
 

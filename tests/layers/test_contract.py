@@ -508,8 +508,8 @@ def test_unknown_name_or_keyword() -> None:
     ("x", "error", "message"),
     [
         (None, TypeError, "x: expected a floating point tensor"),
-        (torch.zeros(2, 5, D, dtype=torch.int64), TypeError, "x: expected a floating point tensor"),
-        (torch.zeros(2, 5, D, dtype=torch.float32), TypeError, "x: expected torch.float64"),
+        (torch.zeros(2, 5, D, dtype=torch.int64), ValueError, "x: expected a floating point tensor"),
+        (torch.zeros(2, 5, D, dtype=torch.float32), ValueError, "x: expected torch.float64"),
         (torch.zeros(5, D, dtype=torch.float64), ValueError, r"x: expected shape \(batch, time, 16\), got \(5, 16\)"),
         (torch.zeros(2, 5, 8, dtype=torch.float64), ValueError, r"x: expected shape .* got \(2, 5, 8\)"),
     ],
@@ -523,7 +523,7 @@ def test_bad_x(name: str, x: Any, error: type[Exception], message: str) -> None:
 @pytest.mark.parametrize("argument", ["reset", "mask"])
 def test_bad_flags(name: str, argument: str) -> None:
     layer, x = make(name), torch.zeros(2, 5, D, dtype=torch.float64)
-    with pytest.raises(TypeError, match=f"{argument}: expected a bool tensor, got torch.int64"):
+    with pytest.raises(ValueError, match=f"{argument}: expected a bool tensor, got torch.int64"):
         layer(x, **{argument: torch.ones(2, 5, dtype=torch.int64)})
     with pytest.raises(TypeError, match=f"{argument}: expected a bool tensor, got list"):
         layer(x, **{argument: [True]})
@@ -538,7 +538,7 @@ def test_bad_state(name: str) -> None:
         layer(x, torch.zeros(2, D))
     with pytest.raises(ValueError, match=r"state\.\w+: expected shape \(2, .*got \(3,"):
         layer(x, layer.init_state(3))
-    with pytest.raises(TypeError, match=r"state\.\w+: expected .*, got torch.int32"):
+    with pytest.raises(ValueError, match=r"state\.\w+: expected .*, got torch.int32"):
         layer(x, map_leaves(Tensor.int, map_leaves(lambda t: t.real, layer.init_state(2))))
     with pytest.raises(ValueError, match="batch_size: expected an integer >= 0, got -1"):
         layer.init_state(-1)

@@ -134,7 +134,7 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
     ("inputs", "error", "message"),
     [
         ([[1, 2]], TypeError, "x: expected a tensor, got list"),
-        (torch.zeros(2, 7), TypeError, "x: expected integer token ids, got torch.float32"),
+        (torch.zeros(2, 7), ValueError, "x: expected integer token ids, got torch.float32"),
         (torch.zeros(7, dtype=torch.int64), ValueError, r"x: expected token ids of shape \(batch, time\), got \(7,\)"),
         (torch.full((2, 7), V), ValueError, "x: expected ids from 0 to 10, got 11; mark padding with mask"),
         (torch.full((2, 7), -1), ValueError, "x: expected ids from 0 to 10, got -1"),
@@ -148,7 +148,7 @@ def test_bad_tokens(inputs: Any, error: type[Exception], message: str) -> None:
 
 def test_bad_reals() -> None:
     model = make(vocab_size=None, d_input=5)
-    with pytest.raises(TypeError, match=r"x: expected floating point inputs, got torch\.int64"):
+    with pytest.raises(ValueError, match=r"x: expected floating point inputs, got torch\.int64"):
         model(torch.zeros(2, 7, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"x: expected shape \(batch, time, 5\), got \(2, 7\)"):
         model(torch.zeros(2, 7))
@@ -160,7 +160,7 @@ def test_bad_masks_and_second_inputs() -> None:
     def call(*args: Tensor | None, two: bool = False) -> None:
         make(two_inputs=two)(*args)
 
-    with pytest.raises(TypeError, match=r"mask: expected a bool tensor, True on real tokens, got torch\.int64"):
+    with pytest.raises(ValueError, match=r"mask: expected a bool tensor, True on real tokens, got torch\.int64"):
         call(x, x)
     with pytest.raises(ValueError, match=r"mask: expected shape \(2, 7\), got \(2, 6\)"):
         call(x, torch.ones(2, 6, dtype=torch.bool))
