@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 ABI_VERSION = 1
-CURE = "install a C++ compiler and reinstall linrnn (pip install --force-reinstall --no-cache-dir linrnn)"
+CURE = "install a C++ compiler and reinstall linrnn (pip install --force-reinstall --no-deps --no-cache-dir linrnn)"
 
 
 class KernelUnavailable(RuntimeError):
