@@ -72,12 +72,17 @@ def test_the_kept_weights_are_the_best_ones(tiny, run, cache_dir):
 
     cell = tiny(optim={"lr": 0.03})
     result, folder = run(cell)
+    scores = [row["val_accuracy"] for row in result["curve"]]
+    assert min(scores) < max(scores) == result["val"]["accuracy"], "a curve that goes up and down, and its top"
+    assert result["best_step"] == result["curve"][scores.index(max(scores))]["step"], "the earliest of equals"
     task = cell.build_task()
     net = build_net(cell.model, task, denoise=False, seed=99)
     load_weights(net, folder / BEST, heads=True)
     splits = load(task, cache_dir)
     val, test = (Tokens.from_dataset(splits[name], task.pad_id) for name in ("val", "test"))
+    net.train()
     scored = evaluate(net, lambda n, b, g: classification(n, b), val, cell.seed)
+    assert net.training, "an evaluation leaves the mode as it was, or dropout would end with the first one"
     assert scored["accuracy"] == result["val"]["accuracy"]
     assert scored["loss"] == pytest.approx(result["val"]["loss"], rel=1e-6)
     assert (predictions(net, test) == test.labels).mean() == result["test"]["accuracy"]
