@@ -22,7 +22,7 @@ def keep_memory_warm() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def best_times(functions: dict[str, Callable[[], object]], seconds: float = 1.5, most: int = 150) -> dict[str, float]:
+def best_times(functions: dict[str, Callable[[], object]], seconds: float = 1.0, most: int = 100) -> dict[str, float]:
     """Milliseconds of the fastest run of each, the runs interleaved so that a busy moment hits all of them.
 
     Each is called at least twice and then, in turn, until its own share of time (`seconds`) or count is spent.

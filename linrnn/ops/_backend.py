@@ -3,7 +3,10 @@
 import functools
 import warnings
 
+import torch
+import torch.autograd.forward_ad as _forward_ad
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "triton")
 
@@ -58,3 +61,16 @@ def _cpu_library_missing() -> str | None:
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, FallbackWarning, stacklevel=4)
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def unwatched(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether no torch.func transform, forward-mode AD, dispatch mode or tensor subclass sees what is done to these.
+
+    A kernel may then be called on them directly, past the dispatcher and its overhead.
+    """
+    if _forward_ad._current_level >= 0 or _are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0:
+        return False
+    return all(type(v) in _PLAIN_TYPES for v in tensors)

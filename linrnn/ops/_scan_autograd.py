@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linrnn.ops._backend import choose
+from linrnn.ops._backend import choose, unwatched
 from linrnn.ops._chunked_scan import chunked_scan, effective, flip_time, split_flags
 
 
@@ -42,14 +42,8 @@ def scan_backward_op(
     needs_grad_a: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a (of no elements unless it is needed), x and the initial state."""
-    if choose(backend, h, ("cpu",)) == "cpu":
-        from linrnn.kernels.cpu.diagonal_scan import backward
-
-        grad_x, grad_a, grad_s = backward(a, h, initial_state, flags, grad_h, grad_final_state, reverse, needs_grad_a)
-        return a.new_empty(0) if grad_a is None else grad_a, grad_x, grad_s
-    grad_a, grad_x, grad_s = adjoint(chunked_scan, a, h, initial_state, flags, grad_h, grad_final_state, reverse)
-    return grad_a if needs_grad_a else a.new_empty(0), grad_x.clone(), grad_s.clone()
+    args = (a, h, initial_state, flags, grad_h, grad_final_state, reverse, needs_grad_a, backend)
+    return scan_backward(*args)
 
 
 @scan_backward_op.register_fake
@@ -57,6 +51,19 @@ def _(a, h, initial_state, flags, grad_h, grad_final_state, reverse, needs_grad_
     B, T, D = h.shape
     grad_a = a.new_empty(a.shape) if needs_grad_a else a.new_empty(0)
     return grad_a, h.new_empty(B, T, D), h.new_empty(B, D, dtype=torch.promote_types(h.dtype, torch.float32))
+
+
+def scan_backward(
+    a, h, initial_state, flags, grad_h, grad_final_state, reverse, needs_grad_a, backend
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a (of no elements unless it is needed), x and the initial state, without autograd."""
+    if choose(backend, h, ("cpu",)) == "cpu":
+        from linrnn.kernels.cpu.diagonal_scan import backward
+
+        grad_x, grad_a, grad_s = backward(a, h, initial_state, flags, grad_h, grad_final_state, reverse, needs_grad_a)
+        return a.new_empty(0) if grad_a is None else grad_a, grad_x, grad_s
+    grad_a, grad_x, grad_s = adjoint(chunked_scan, a, h, initial_state, flags, grad_h, grad_final_state, reverse)
+    return grad_a if needs_grad_a else a.new_empty(0), grad_x.clone(), grad_s.clone()
 
 
 def scan_forward(a, x, initial_state, flags, reverse, backend) -> tuple[Tensor, Tensor]:
@@ -79,7 +86,10 @@ def _fold_or_loop(op, info, in_dims, args):
         (v if d is not None else v.expand(size, *v.shape)).flatten(0, 1) if isinstance(v, Tensor) else v
         for v, d in zip(moved, in_dims, strict=True)
     ]
-    return tuple(out.unflatten(0, (size, -1)) if out.numel() else out.expand(size, *out.shape) for out in op(*folded))
+    # an output of one dimension is the gradient nobody wants, without elements
+    return tuple(
+        out.unflatten(0, (size, out.shape[0] // size)) if out.ndim > 1 else out.expand(size, 0) for out in op(*folded)
+    )
 
 
 @scan_op.register_vmap
@@ -112,7 +122,8 @@ def _backward(ctx: Any, grad_h: Tensor | None, grad_final_state: Tensor | None):
             _differentiable_scan(ctx.backend), a, h, initial_state, flags, grad_h, grad_final_state, ctx.reverse
         )
     else:
-        grads = scan_backward_op(
+        run = scan_backward if unwatched((a, h)) else scan_backward_op
+        grads = run(
             a, h, initial_state, flags, grad_h, grad_final_state, ctx.reverse, ctx.needs_input_grad[0], ctx.backend
         )
     grad_a, grad_x, grad_s = grads
@@ -136,7 +147,8 @@ class DiagonalScan(torch.autograd.Function):
 
     @staticmethod
     def forward(a, x, initial_state, flags, reverse, backend):
-        return scan_op(a, x, initial_state, flags, reverse, backend)
+        scan = scan_forward if unwatched((a, x)) else scan_op
+        return scan(a, x, initial_state, flags, reverse, backend)
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)

@@ -1,14 +1,11 @@
 """The diagonal linear recurrence h_t = a_t * h_{t-1} + x_t, the engine of every vector-state layer."""
 
 import torch
-import torch.autograd.forward_ad as _forward_ad
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 
-from linrnn.ops._backend import choose
+from linrnn.ops._backend import choose, unwatched
 
 _STATE_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def diagonal_scan_reference(a, x, initial_state, reset, mask, reverse):
@@ -175,14 +172,6 @@ def _single_step(a: Tensor, x: Tensor, initial_state: Tensor, backend: str) -> b
 
 
 def _plain(a: Tensor, x: Tensor, initial_state: Tensor | None) -> bool:
-    """Whether nothing watches this call: no autograd, torch.func transform, dispatch mode or tensor subclass.
-
-    A plain call goes straight to the kernel, without the dispatcher's overhead.
-    """
+    """Whether the call goes straight to the kernel: no gradient is wanted and nothing watches."""
     tensors = (a, x) if initial_state is None else (a, x, initial_state)
-    for v in tensors:
-        if (v.requires_grad and torch.is_grad_enabled()) or type(v) not in _PLAIN_TYPES:
-            return False
-    return not (
-        _forward_ad._current_level >= 0 or _are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0
-    )
+    return unwatched(tensors) and not (torch.is_grad_enabled() and any(v.requires_grad for v in tensors))
