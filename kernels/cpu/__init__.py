@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 CURE = "install a C++ compiler and reinstall linrnn (pip install --force-reinstall --no-deps --no-cache-dir linrnn)"
 
 

@@ -24,7 +24,7 @@ struct LinrnnDiagonalScan {
   const void* grad_final_state;
   void* grad_initial_state;
   void* grad_constant_a;  // instead of grad_a: its sum over time, (B, D) in the arithmetic type of a
-  int32_t a_type, x_type, threads;
+  int64_t a_type, x_type, threads;
 };
 
 namespace linrnn {
@@ -35,8 +35,8 @@ using Args = LinrnnDiagonalScan;
 // Flags of a token: RESET zeroes the state before it; HOLD is a padded token, which the state passes unchanged.
 enum : uint8_t { RESET = 1, HOLD = 2 };
 
-// Outputs from here on would only push their own inputs out of the cache.
-constexpr int64_t kStreamingBytes = 4 << 20;
+// Outputs of this size go past the cache, where they would only push out the inputs; measured, see docs/scan.md.
+constexpr int64_t kStreamForward = 16 << 20, kStreamBackward = 4 << 20;
 
 template <class E>
 E* row(const LinrnnView& v, int64_t b, int64_t t) {
@@ -44,9 +44,9 @@ E* row(const LinrnnView& v, int64_t b, int64_t t) {
 }
 
 template <class E>
-bool streams(const LinrnnView& v, const Args& args) {
+bool streams(const LinrnnView& v, const Args& args, int64_t least) {
   const auto multiple = [](int64_t n) { return n * int64_t(sizeof(E)) % 16 == 0; };
-  return v.data && args.B * args.T * args.D * int64_t(sizeof(E)) >= kStreamingBytes && multiple(v.stride_b) &&
+  return v.data && args.B * args.T * args.D * int64_t(sizeof(E)) >= least && multiple(v.stride_b) &&
          multiple(v.stride_t) && reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
 }
 
@@ -118,7 +118,7 @@ struct Forward : Pass<A, X> {
   using typename Pass<A, X>::Wide;
   using Pass<A, X>::args, Pass<A, X>::b, Pass<A, X>::j0, Pass<A, X>::width;
 
-  const bool streaming = streams<X>(args.h, args), down = args.h.stride_t < 0;
+  const bool streaming = streams<X>(args.h, args, kStreamForward), down = args.h.stride_t < 0;
 
   bool sums() const { return false; }
   void start(S* s) const { this->load(args.initial_state, s); }
@@ -172,7 +172,8 @@ struct Backward : Pass<A, X> {
   using typename Pass<A, X>::Wide;
   using Pass<A, X>::args, Pass<A, X>::b, Pass<A, X>::j0, Pass<A, X>::width;
 
-  const bool streaming_x = streams<X>(args.grad_x, args), streaming_a = streams<A>(args.grad_a, args);
+  const bool streaming_x = streams<X>(args.grad_x, args, kStreamBackward);
+  const bool streaming_a = streams<A>(args.grad_a, args, kStreamBackward);
   const bool down = args.h.stride_t > 0;
 
   bool sums() const { return args.grad_constant_a; }
@@ -264,15 +265,15 @@ struct Backward : Pass<A, X> {
 
 template <template <class, class> class Pass, class A, class X>
 int run(const Args& args) {
-  drive<Pass<A, X>>(args.B, args.D, args.threads, [&](int64_t b, int64_t j0, int64_t width) {
+  drive<Pass<A, X>>(args.B, args.D, int(args.threads), [&](int64_t b, int64_t j0, int64_t width) {
     return Pass<A, X>{{args, b, j0, width}};
   });
   return 0;
 }
 
 // The storage types, in the order of the launcher's table; arithmetic on mixed pairs is in the wider of the two.
-enum Type : int32_t { F32, F64, C64, C128, BF16, F16 };
-constexpr int pair(int a, int x) { return a * 8 + x; }
+enum Type : int64_t { F32, F64, C64, C128, BF16, F16 };
+constexpr int64_t pair(int64_t a, int64_t x) { return a * 8 + x; }
 
 template <template <class, class> class Pass>
 int dispatch(const Args& args) {
@@ -309,4 +310,4 @@ LINRNN_API void linrnn_use_runtime(void* parallel, void* num_threads, void* thre
                      reinterpret_cast<decltype(linrnn::Runtime::num_threads)>(num_threads),
                      reinterpret_cast<decltype(linrnn::Runtime::thread_num)>(thread_num)};
 }
-LINRNN_API int linrnn_abi_version() { return 1; }
+LINRNN_API int linrnn_abi_version() { return 2; }

@@ -1,6 +1,6 @@
-"""Launches the CPU kernels of the diagonal scan: tensors in, a filled argument struct, one C call."""
+"""Launches the CPU kernels of the diagonal scan: tensors in, a packed argument struct, one C call."""
 
-import ctypes
+import struct
 
 import torch
 from torch import Tensor
@@ -19,34 +19,9 @@ TYPES = {
     torch.float16: 5,
 }
 
-
-class _View(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("stride_b", ctypes.c_int64), ("stride_t", ctypes.c_int64))
-
-
-class _Args(ctypes.Structure):
-    _fields_ = (
-        ("B", ctypes.c_int64),
-        ("T", ctypes.c_int64),
-        ("D", ctypes.c_int64),
-        ("a", _View),
-        ("x", _View),
-        ("h", _View),
-        ("initial_state", ctypes.c_void_p),
-        ("final_state", ctypes.c_void_p),
-        ("flags", ctypes.c_void_p),
-        ("flags_stride_b", ctypes.c_int64),
-        ("flags_stride_t", ctypes.c_int64),
-        ("grad_h", _View),
-        ("grad_x", _View),
-        ("grad_a", _View),
-        ("grad_final_state", ctypes.c_void_p),
-        ("grad_initial_state", ctypes.c_void_p),
-        ("grad_constant_a", ctypes.c_void_p),
-        ("a_type", ctypes.c_int32),
-        ("x_type", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    )
+# LinrnnDiagonalScan of diagonal_scan.cpp: 32 words of 8 bytes, cheaper to pack at once than a ctypes.Structure to fill.
+_PACK = struct.Struct("32q").pack
+_ABSENT = (0, 0, 0)
 
 
 def state_dtype(x_dtype: torch.dtype) -> torch.dtype:
@@ -61,10 +36,8 @@ def forward(
     a, x, initial_state, flags = _rows(a), _rows(x), _contiguous(initial_state), _contiguous(flags)
     h = torch.empty(x.shape, dtype=x.dtype)
     final_state = torch.empty((x.shape[0], x.shape[2]), dtype=state_dtype(x.dtype))
-    args = _arguments(a, h, initial_state, flags, reverse)
-    args.x = _view(x, reverse)
-    args.final_state = final_state.data_ptr()
-    _call("linrnn_diagonal_scan", args)
+    call = library().linrnn_diagonal_scan
+    _launch(call, a, h, initial_state, flags, reverse, x=_view(x, reverse), final_state=final_state.data_ptr())
     return h, final_state
 
 
@@ -81,25 +54,28 @@ def backward(
     """Gradients of x (B, T, D), of a (its shape; None unless wanted) and of the initial state (B, D)."""
     a, h, initial_state, flags = _rows(a), _rows(h), _contiguous(initial_state), _contiguous(flags)
     B, _, D = h.shape
-    args = _arguments(a, h, initial_state, flags, reverse)
-    if grad_h is not None:
-        grad_h = _rows(grad_h)
-        args.grad_h = _view(grad_h, reverse)
-    if grad_final_state is not None:
-        grad_final_state = grad_final_state.contiguous()
-        args.grad_final_state = grad_final_state.data_ptr()
+    grad_h = None if grad_h is None else _rows(grad_h)
+    grad_final_state = _contiguous(grad_final_state)
     grad_x = torch.empty(h.shape, dtype=h.dtype)
-    args.grad_x = _view(grad_x, reverse)
     grad_initial_state = torch.empty((B, D), dtype=state_dtype(h.dtype))
-    args.grad_initial_state = grad_initial_state.data_ptr()
     grad_a = None
-    if needs_grad_a and a.ndim == 1:
-        grad_a = torch.empty((B, D), dtype=state_dtype(a.dtype))
-        args.grad_constant_a = grad_a.data_ptr()
-    elif needs_grad_a:
-        grad_a = torch.empty(h.shape, dtype=a.dtype)
-        args.grad_a = _view(grad_a, reverse)
-    _call("linrnn_diagonal_scan_backward", args)
+    if needs_grad_a:
+        constant = a.ndim == 1
+        grad_a = torch.empty((B, D) if constant else h.shape, dtype=state_dtype(a.dtype) if constant else a.dtype)
+    _launch(
+        library().linrnn_diagonal_scan_backward,
+        a,
+        h,
+        initial_state,
+        flags,
+        reverse,
+        grad_h=_ABSENT if grad_h is None else _view(grad_h, reverse),
+        grad_x=_view(grad_x, reverse),
+        grad_a=_ABSENT if grad_a is None or a.ndim == 1 else _view(grad_a, reverse),
+        grad_final_state=_address(grad_final_state),
+        grad_initial_state=grad_initial_state.data_ptr(),
+        grad_constant_a=_address(grad_a) if a.ndim == 1 else 0,
+    )
     if grad_a is not None and a.ndim < 3:
         grad_a = grad_a.sum(0).to(a.dtype)
     return grad_x, grad_a, grad_initial_state
@@ -114,32 +90,53 @@ def _contiguous(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.contiguous()
 
 
-def _view(v: Tensor, reverse: bool) -> _View:
+def _address(v: Tensor | None) -> int:
+    return 0 if v is None else v.data_ptr()
+
+
+def _view(v: Tensor, reverse: bool) -> tuple[int, int, int]:
     """Address and strides in processing order; missing leading dimensions are broadcast."""
-    stride_t = v.stride(-2) if v.ndim > 1 else 0
-    stride_b = v.stride(-3) if v.ndim > 2 else 0
-    data = v.data_ptr()
+    stride = v.stride()
+    stride_t = stride[-2] if len(stride) > 1 else 0
+    stride_b = stride[-3] if len(stride) > 2 else 0
     if not reverse or not stride_t:
-        return _View(data, stride_b, stride_t)
-    return _View(data + (v.shape[-2] - 1) * stride_t * v.element_size(), stride_b, -stride_t)
+        return v.data_ptr(), stride_b, stride_t
+    return v.data_ptr() + (v.shape[-2] - 1) * stride_t * v.element_size(), stride_b, -stride_t
 
 
-def _arguments(a: Tensor, h: Tensor, initial_state: Tensor | None, flags: Tensor | None, reverse: bool) -> _Args:
-    """What the forward and the backward share; the caller keeps the tensors alive."""
+def _launch(
+    call,
+    a: Tensor,
+    h: Tensor,
+    initial_state: Tensor | None,
+    flags: Tensor | None,
+    reverse: bool,
+    *,
+    x: tuple[int, int, int] = _ABSENT,
+    final_state: int = 0,
+    grad_h: tuple[int, int, int] = _ABSENT,
+    grad_x: tuple[int, int, int] = _ABSENT,
+    grad_a: tuple[int, int, int] = _ABSENT,
+    grad_final_state: int = 0,
+    grad_initial_state: int = 0,
+    grad_constant_a: int = 0,
+) -> None:
+    """Fills the struct and calls; the caller keeps the tensors alive."""
     B, T, D = h.shape
-    args = _Args(B, T, D, _view(a, reverse))
-    args.h = _view(h, reverse)
-    if initial_state is not None:
-        args.initial_state = initial_state.data_ptr()
-    if flags is not None:
-        last = T - 1 if reverse else 0
-        args.flags = flags.data_ptr() + last
-        args.flags_stride_b, args.flags_stride_t = T, -1 if reverse else 1
-    args.a_type, args.x_type = TYPES[a.dtype], TYPES[h.dtype]
-    args.threads = torch.get_num_threads() if B * T * D >= MIN_PARALLEL else 1
-    return args
-
-
-def _call(name: str, args: _Args) -> None:
-    if getattr(library(), name)(ctypes.byref(args)):
-        raise RuntimeError(f"{name} has no kernel for this pair of dtypes")
+    code = call(
+        _PACK(
+            *(B, T, D),
+            *_view(a, reverse),
+            *x,
+            *_view(h, reverse),
+            *(_address(initial_state), final_state),
+            *(0 if flags is None else flags.data_ptr() + (T - 1 if reverse else 0), T, -1 if reverse else 1),
+            *grad_h,
+            *grad_x,
+            *grad_a,
+            *(grad_final_state, grad_initial_state, grad_constant_a),
+            *(TYPES[a.dtype], TYPES[h.dtype], torch.get_num_threads() if B * T * D >= MIN_PARALLEL else 1),
+        )
+    )
+    if code:
+        raise RuntimeError(f"no kernel for a of {a.dtype} and x of {h.dtype}")

@@ -141,14 +141,13 @@ scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class DiagonalScan(torch.autograd.Function):
-    """The eager door: backward, double backward, vmap and jvp."""
+    """With backward, double backward, vmap and jvp."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(a, x, initial_state, flags, reverse, backend):
-        scan = scan_forward if unwatched((a, x)) else scan_op
-        return scan(a, x, initial_state, flags, reverse, backend)
+        return scan_op(a, x, initial_state, flags, reverse, backend)
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
@@ -161,12 +160,30 @@ class DiagonalScan(torch.autograd.Function):
         if da is not None:
             drive = _coefficient(da, h.dtype) * before(h, initial_state, ctx.reverse)
             dx = dx + (drive if flags is None else torch.where((flags == 0)[..., None], drive, 0)).to(dx.dtype)
-        return DiagonalScan.apply(a, dx, ds, flags, ctx.reverse, ctx.backend)
+        return apply(a, dx, ds, flags, ctx.reverse, ctx.backend)
+
+
+class PlainDiagonalScan(torch.autograd.Function):
+    """The same where nothing watches: without vmap and jvp, torch need not bind arguments by name at every call."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = scan_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def apply(a, x, initial_state, flags, reverse, backend) -> tuple[Tensor, Tensor]:
+    """The eager door."""
+    function = PlainDiagonalScan if unwatched((a, x)) else DiagonalScan
+    return function.apply(a, x, initial_state, flags, reverse, backend)
 
 
 def _differentiable_scan(backend: str):
     def scan(a, x, initial_state, flags, reverse):
-        return DiagonalScan.apply(a, x, initial_state, flags, reverse, backend)
+        return apply(a, x, initial_state, flags, reverse, backend)
 
     return scan
 

@@ -80,10 +80,10 @@ def diagonal_scan(
         from linrnn.ops._scan_autograd import scan_forward
 
         return scan_forward(a, x, initial_state, _flags(reset, mask), reverse, backend)
-    from linrnn.ops._scan_autograd import DiagonalScan
+    from linrnn.ops._scan_autograd import apply
 
     choose(backend, x, ("cpu",))
-    return DiagonalScan.apply(a, x, initial_state, _flags(reset, mask), reverse, backend)
+    return apply(a, x, initial_state, _flags(reset, mask), reverse, backend)
 
 
 def reset_from_cu_seqlens(cu_seqlens: Tensor, T: int, *, reverse: bool = False) -> Tensor:
