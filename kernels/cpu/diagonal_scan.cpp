@@ -3,12 +3,7 @@
 // The scan is bound by memory, so each pass reads every input once, whole rows at a time with the state in L1, and
 // writes every output once, past the cache when the output is larger than it.
 #include "drive.h"
-
-// A (B, T, D) tensor with unit stride in D; the other strides in elements, 0 where it is broadcast.
-struct LinrnnView {
-  void* data;
-  int64_t stride_b, stride_t;
-};
+#include "rows.h"
 
 // Time runs in processing order: for a reverse scan the launcher passes addresses of the last token and negative
 // strides. A null pointer is an absent argument. States are contiguous (B, D), in the arithmetic type of x.
@@ -39,51 +34,11 @@ enum : uint8_t { RESET = 1, HOLD = 2 };
 constexpr int64_t kStreamForward = 16 << 20, kStreamBackward = 4 << 20;
 
 template <class E>
-E* row(const LinrnnView& v, int64_t b, int64_t t) {
-  return v.data ? static_cast<E*>(v.data) + b * v.stride_b + t * v.stride_t : nullptr;
-}
-
-template <class E>
 bool streams(const LinrnnView& v, const Args& args, int64_t least) {
   const auto multiple = [](int64_t n) { return n * int64_t(sizeof(E)) % 16 == 0; };
   return v.data && args.B * args.T * args.D * int64_t(sizeof(E)) >= least && multiple(v.stride_b) &&
          multiple(v.stride_t) && reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
 }
-
-// Runs f(width, j) over [0, width) in blocks whose width the compiler knows: 256 bytes of X. `down` takes the last
-// block first: where time runs to lower addresses, the hardware prefetcher then sees one falling stream. (Whole rows
-// upwards there, or 512-byte blocks, set it off in the wrong direction: measured four times slower.)
-template <class X, class F>
-inline void for_blocks(int64_t width, bool down, F&& f) {
-  constexpr int W = sizeof(X) < 4 ? 64 : 256 / sizeof(X);
-  const int64_t wide = width / W * W, narrow = width / 8 * 8;
-  const auto wide_blocks = [&] {
-    for (int64_t j = 0; j < wide; j += W) f(std::integral_constant<int, W>{}, down ? wide - W - j : j);
-  };
-  if (!down) wide_blocks();
-  for (int64_t j = wide; j < narrow; j += 8) f(std::integral_constant<int, 8>{}, j);
-  for (int64_t j = std::max(wide, narrow); j < width; ++j) f(std::integral_constant<int, 1>{}, j);
-  if (down) wide_blocks();
-}
-
-// W numbers on their way to memory: written in place, or with `streaming` gathered here and then sent past the cache.
-template <int W, class X>
-class Outgoing {
-  X* to_;
-  alignas(16) X gathered_[W];
-
- public:
-  X* const data;
-  Outgoing(X* to, bool streaming) : to_(to), data(streaming && W * sizeof(X) % 16 == 0 ? gathered_ : to) {}
-  Outgoing(const Outgoing&) = delete;
-  ~Outgoing() {
-#if defined(__SSE2__)
-    if (data != to_)
-      for (unsigned k = 0; k < W * sizeof(X) / 16; ++k)
-        _mm_stream_si128(reinterpret_cast<__m128i*>(to_) + k, reinterpret_cast<const __m128i*>(gathered_)[k]);
-#endif
-  }
-};
 
 // One sequence, channels [j0, j0 + width).
 template <class A_, class X_>
