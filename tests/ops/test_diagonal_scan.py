@@ -189,7 +189,7 @@ def test_pieces_with_a_carried_state_equal_the_whole(backend):
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("reverse", (False, True))
 def test_packed_documents_equal_separate_runs(backend, reverse):
-    bounds = [0, 1, 1, 30, 63]
+    bounds = [0, 0, 1, 1, 30, 63, 63]
     a, x, *_ = make(1, 63, 4, 3, torch.complex128, torch.complex128)
     reset = reset_from_cu_seqlens(torch.tensor(bounds), 63, reverse=reverse)
     packed, _ = diagonal_scan(a, x, reset=reset, reverse=reverse, backend=backend)
@@ -262,7 +262,9 @@ def test_dtypes_of_mixed_inputs():
         (bf16, c64, c64, c64),
     ):
         a, x = torch.full((4,), 0.5, dtype=a_dtype), torch.ones(2, 3, 4, dtype=x_dtype)
-        for backend in ("reference", *FAST):
+        for backend in ("auto", "reference", *FAST):
             h, final_state = diagonal_scan(a, x, backend=backend)
             assert (h.dtype, final_state.dtype) == (h_dtype, state_dtype), (a_dtype, x_dtype, backend)
+            step, after = diagonal_scan(a, x[:, :1], torch.zeros_like(final_state), backend=backend)
+            assert (step.dtype, after.dtype) == (h_dtype, state_dtype), (a_dtype, x_dtype, backend)
             torch.testing.assert_close(h[0, :, 0].abs().double(), torch.tensor([1.0, 1.5, 1.75], dtype=f64))

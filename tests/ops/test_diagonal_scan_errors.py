@@ -36,6 +36,15 @@ def test_bad_input(arguments, message):
             diagonal_scan(A.clone().requires_grad_(), X, backend="fast")
 
 
+@pytest.mark.parametrize("a", (torch.rand(1), torch.rand(5), torch.rand(2, 4)))
+def test_bad_shapes_in_a_single_step(a):
+    """The short way of a decoding step must not let broadcasting through."""
+    with pytest.raises(ValueError, match="a must be"):
+        diagonal_scan(a, X[:, :1], torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="initial_state must be"):
+        diagonal_scan(A, X[:, :1], torch.zeros(1, 4))
+
+
 def test_a_backend_that_cannot_run_here():
     for grad in (False, True):
         x = X.clone().requires_grad_(grad)
