@@ -43,6 +43,8 @@ def test_bad_shapes_in_a_single_step(a):
         diagonal_scan(a, X[:, :1], torch.zeros(2, 4))
     with pytest.raises(ValueError, match="initial_state must be"):
         diagonal_scan(A, X[:, :1], torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="initial_state is torch.complex64"):
+        diagonal_scan(A, X[:, :1], torch.zeros(2, 4, dtype=torch.complex64))
 
 
 def test_a_backend_that_cannot_run_here():
