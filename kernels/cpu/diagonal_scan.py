@@ -34,8 +34,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """h (B, T, D) in x's dtype and the final state (B, D) in the state dtype."""
     a, x, initial_state, flags = _rows(a), _rows(x), _contiguous(initial_state), _contiguous(flags)
-    h = torch.empty(x.shape, dtype=x.dtype)
-    final_state = torch.empty((x.shape[0], x.shape[2]), dtype=state_dtype(x.dtype))
+    h = x.new_empty(x.shape)
+    final_state = x.new_empty((x.shape[0], x.shape[2]), dtype=state_dtype(x.dtype))
     call = library().linrnn_diagonal_scan
     _launch(call, a, h, initial_state, flags, reverse, x=_view(x, reverse), final_state=final_state.data_ptr())
     return h, final_state
@@ -56,12 +56,12 @@ def backward(
     B, _, D = h.shape
     grad_h = None if grad_h is None else _rows(grad_h)
     grad_final_state = _contiguous(grad_final_state)
-    grad_x = torch.empty(h.shape, dtype=h.dtype)
-    grad_initial_state = torch.empty((B, D), dtype=state_dtype(h.dtype))
+    grad_x = h.new_empty(h.shape)
+    grad_initial_state = h.new_empty((B, D), dtype=state_dtype(h.dtype))
     grad_a = None
     if needs_grad_a:
         constant = a.ndim == 1
-        grad_a = torch.empty((B, D) if constant else h.shape, dtype=state_dtype(a.dtype) if constant else a.dtype)
+        grad_a = h.new_empty((B, D) if constant else h.shape, dtype=state_dtype(a.dtype) if constant else a.dtype)
     _launch(
         library().linrnn_diagonal_scan_backward,
         a,
@@ -83,11 +83,17 @@ def backward(
 
 def _rows(v: Tensor) -> Tensor:
     """v itself where its last dimension is dense, else a copy."""
+    v = _resolved(v)
     return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
 
 
 def _contiguous(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.contiguous()
+    return None if v is None else _resolved(v).contiguous()
+
+
+def _resolved(v: Tensor) -> Tensor:
+    """v with its values in memory: torch only marks a conjugate or a negative, and autograd hands such views back."""
+    return v.resolve_conj().resolve_neg() if v.is_conj() or v.is_neg() else v
 
 
 def _address(v: Tensor | None) -> int:

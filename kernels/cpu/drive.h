@@ -19,7 +19,7 @@ namespace linrnn {
 
 constexpr int64_t kMinStrip = 256;         // channels; narrower strips lose more bandwidth than a thread gains
 constexpr int64_t kSumBlock = 256;         // tokens added up before they join the long sum, for its rounding error
-constexpr int64_t kBlockBytes = 256 << 10; // of inputs per member and block of the time-parallel form
+constexpr int64_t kBlockBytes = 128 << 10; // of inputs per member and block of the time-parallel form
 
 template <class M>
 constexpr M one() {
@@ -83,8 +83,8 @@ void drive_team(const Pass& pass, Team<Pass>& team, int member) {
   using M = typename Pass::M;
   const int64_t width = pass.width, length = pass.length();
   const int64_t block = std::max<int64_t>(16, kBlockBytes / (width * pass.bytes_per_channel()));
-  // Member 0 knows its state and goes over its block once, the others twice: it takes half as much again.
-  const int64_t first = block * 3 / 2, round = first + (team.members - 1) * block;
+  // Member 0 knows its state and goes over its block once, the others twice: it takes a block of twice the size.
+  const int64_t first = 2 * block, round = first + (team.members - 1) * block;
   Rows<S> own(1, width);
   S* s = own[0];
   M *partial = team.sums[2 * member], *total = team.sums[2 * member + 1];

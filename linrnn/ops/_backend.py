@@ -6,7 +6,7 @@ import warnings
 import torch
 import torch.autograd.forward_ad as _forward_ad
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "triton")
 
@@ -67,10 +67,12 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def unwatched(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether no torch.func transform, forward-mode AD, dispatch mode or tensor subclass sees what is done to these.
+    """Whether no torch.func transform, forward-mode AD, trace, dispatch mode or tensor subclass sees these tensors.
 
     A kernel may then be called on them directly, past the dispatcher and its overhead.
     """
     if _forward_ad._current_level >= 0 or _are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0:
+        return False
+    if _get_tracing_state() is not None:
         return False
     return all(type(v) in _PLAIN_TYPES for v in tensors)

@@ -9,18 +9,21 @@ MAX_CHUNK = 64
 
 
 def chunked_scan(
-    a: Tensor, x: Tensor, initial_state: Tensor | None, flags: Tensor | None, reverse: bool
+    a: Tensor, x: Tensor, initial_state: Tensor | None, flags: Tensor | None, reverse: bool, zeros: bool = False
 ) -> tuple[Tensor, Tensor]:
     """h in x's dtype and the final state in the state dtype; not differentiable (it writes in place).
 
     Time is cut into n chunks of C: C steps on all chunks at once give each chunk's map s -> p s + q; n steps carry
     the state across them; C steps scan every chunk from the state before it. (Adding the decayed state to a scan from
     zero would cost the same, with twice the rounding error.)
+
+    With `zeros`, as with flags, a = 0 cuts the past off even where it is infinite or NaN.
     """
     if reverse:
         a, x = flip_time(a, x)
-        h, final_state = chunked_scan(a, x, initial_state, None if flags is None else flags.flip(1), False)
+        h, final_state = chunked_scan(a, x, initial_state, None if flags is None else flags.flip(1), False, zeros)
         return h.flip(1), final_state
+    decayed = _decayed_exactly if zeros or flags is not None else torch.mul
     B, T, D = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
     if flags is not None:
@@ -36,21 +39,25 @@ def chunked_scan(
         decays = (a,) * C if a.ndim == 1 else a[..., : n * C, :].unflatten(-2, (n, C)).unbind(-2)
         p, q = decays[0], xs[0].to(dtype)
         for a_j, x_j in zip(decays[1:], xs[1:], strict=True):
-            p, q = a_j * p, x_j + a_j * q
+            p, q = a_j * p, x_j + decayed(a_j, q)
         if a.ndim == 1:
             p = _power(a, C).expand(n, D)
         before = torch.empty_like(q)  # the state before each chunk, (B, n, D)
         for i in range(n):
             before[:, i] = s
-            s = (q[:, i] + p[..., i, :] * s).to(dtype)
+            s = (q[:, i] + decayed(p[..., i, :], s)).to(dtype)
         chunks = h[:, : n * C].unflatten(1, (n, C))
         for j, (a_j, x_j) in enumerate(zip(decays, xs, strict=True)):
-            before = x_j + a_j * before
+            before = x_j + decayed(a_j, before)
             chunks[:, :, j] = before
     for t in range(n * C, T):
-        s = x[:, t] + (a if a.ndim == 1 else a[..., t, :]) * s
+        s = x[:, t] + decayed(a if a.ndim == 1 else a[..., t, :], s)
         h[:, t] = s
     return h.to(x.dtype), s.clone()
+
+
+def _decayed_exactly(a: Tensor, s: Tensor) -> Tensor:
+    return torch.where(a == 0, 0, a * s)
 
 
 def _power(a: Tensor, n: int) -> Tensor:

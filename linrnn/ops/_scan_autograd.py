@@ -8,6 +8,7 @@ Function that defines jvp.
 `flags` (B, T) uint8 holds reset (bit 0) and padding (bit 1). dtypes are already those of the contract here.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def scan_backward(
 
         grad_x, grad_a, grad_s = backward(a, h, initial_state, flags, grad_h, grad_final_state, reverse, needs_grad_a)
         return a.new_empty(0) if grad_a is None else grad_a, grad_x, grad_s
-    grad_a, grad_x, grad_s = adjoint(chunked_scan, a, h, initial_state, flags, grad_h, grad_final_state, reverse)
+    scan = partial(chunked_scan, zeros=flags is not None)
+    grad_a, grad_x, grad_s = adjoint(scan, a, h, initial_state, flags, grad_h, grad_final_state, reverse)
     return grad_a if needs_grad_a else a.new_empty(0), grad_x.clone(), grad_s.clone()
 
 
@@ -225,7 +227,8 @@ def adjoint(scan, a, h, initial_state, flags, grad_h, grad_final_state, reverse)
     # a_{t+1}; what stands at the last token multiplies the zero state.
     later = wide_a if wide_a.ndim == 1 else wide_a.roll(-1, -2)
     g, _ = scan(later.conj().resolve_conj(), g, None, None, True)
-    grad_s = (wide_a if wide_a.ndim == 1 else wide_a[..., 0, :]).conj() * g[:, 0]
+    first = (wide_a if wide_a.ndim == 1 else wide_a[..., 0, :]).conj()
+    grad_s = first * g[:, 0] if flags is None else torch.where(first == 0, 0, first * g[:, 0])
     g = g.flip(1) if reverse else g
     grad_a = g * hidden_before.conj()
     if flags is not None:

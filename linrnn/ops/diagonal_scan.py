@@ -54,12 +54,13 @@ def diagonal_scan(
         common dtype of `a` and `x`; the state has at least float32 (or complex64).
 
     Raises:
+        TypeError: an argument that is no tensor.
         ValueError: a rank, shape, dtype or device that does not fit, or an unknown backend.
         BackendUnavailable: (a ValueError and a RuntimeError) a known backend that cannot run here.
     """
     if initial_state is not None and reset is None and mask is None and _single_step(a, x, initial_state, backend):
-        h = torch.addcmul(x.select(1, 0), a, initial_state)
-        return h.unsqueeze(1), h
+        h = torch.addcmul(x, a, initial_state.unsqueeze(1))
+        return h, h.select(1, 0).clone()  # not a view: what is done to h in place must not reach the state
     B, D = _check(a, x, initial_state, reset, mask)
     a, x, state_dtype = _promote(a, x)
     if initial_state is not None and initial_state.dtype != state_dtype:
@@ -105,6 +106,9 @@ def reset_from_cu_seqlens(cu_seqlens: Tensor, T: int, *, reverse: bool = False) 
 
 def _check(a, x, initial_state, reset, mask) -> tuple[int, int]:
     """Shapes, dtype kinds and devices; returns B, D."""
+    for name, v in (("a", a), ("x", x), ("initial_state", initial_state), ("reset", reset), ("mask", mask)):
+        if not isinstance(v, Tensor) and (v is not None or name in "ax"):
+            raise TypeError(f"{name} must be a tensor, got {type(v).__name__}")
     if x.ndim != 3:
         raise ValueError(f"x must be (B, T, D), got shape {tuple(x.shape)}")
     B, T, D = x.shape
@@ -152,17 +156,19 @@ def _flags(reset: Tensor | None, mask: Tensor | None) -> Tensor | None:
 
 
 def _single_step(a: Tensor, x: Tensor, initial_state: Tensor, backend: str) -> bool:
-    """Whether the call is one decoding step with a constant a, nothing to convert and nobody watching.
+    """Whether the call is one decoding step with nothing to convert and nobody watching.
 
     It is then one torch operation, and these checks are most of what it costs: the rest of the file is passed by.
     """
     return (
         not torch.compiler.is_compiling()
         and backend == "auto"
+        and isinstance(a, Tensor)
+        and isinstance(x, Tensor)
+        and isinstance(initial_state, Tensor)
         and x.ndim == 3
         and x.shape[1] == 1
-        and a.ndim == 1
-        and a.shape[0] == x.shape[2]
+        and (a.shape == x.shape[2:] or a.shape == x.shape[1:] or a.shape == x.shape)
         and initial_state.shape == (x.shape[0], x.shape[2])
         and a.dtype == x.dtype == initial_state.dtype
         and a.device == x.device == initial_state.device

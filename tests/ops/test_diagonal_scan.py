@@ -33,7 +33,7 @@ def make(B, T, D, a_ndim, a_dtype, x_dtype, *, flags=0, radius=(0.8, 1.0)):
 
 def run(backend: str, a: Tensor, x: Tensor, state: Tensor | None, options: dict) -> list[Tensor]:
     """Outputs and gradients, for cotangents of both outputs that depend on the shapes alone."""
-    inputs = [v.detach().clone().requires_grad_() for v in (a, x, state) if v is not None]
+    inputs = [v.detach().requires_grad_() for v in (a, x, state) if v is not None]  # strides as they are
     h, final_state = diagonal_scan(*inputs, backend=backend, **options)
     nothing = 0 * sum(v.sum() for v in inputs)  # so that both outputs have a graph even where T = 0
     h, final_state = h + nothing.to(h.dtype), final_state + nothing.to(final_state.dtype)
@@ -268,3 +268,65 @@ def test_dtypes_of_mixed_inputs():
             step, after = diagonal_scan(a, x[:, :1], torch.zeros_like(final_state), backend=backend)
             assert (step.dtype, after.dtype) == (h_dtype, state_dtype), (a_dtype, x_dtype, backend)
             torch.testing.assert_close(h[0, :, 0].abs().double(), torch.tensor([1.0, 1.5, 1.75], dtype=f64))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_conjugates_and_negatives_that_torch_only_marks(backend):
+    """x.conj() is a view with a bit set; autograd hands such views back as cotangents."""
+    a, x, state, _ = make(2, 9, 5, 3, torch.complex128, torch.complex128)
+    inputs = [v.requires_grad_() for v in (a, x, state)]
+    outputs = []
+    for name in (backend, "reference"):
+        h, final_state = diagonal_scan(a.conj(), x.conj(), state.conj(), backend=name)
+        lazy = (h.conj() * x.detach()).real.sum() + (final_state.conj() * state.detach()).real.sum()
+        outputs.append([h, final_state, *torch.autograd.grad(lazy, inputs)])
+    torch.testing.assert_close(outputs[0], outputs[1])
+    real = torch._neg_view(x.detach().real.contiguous())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            diagonal_scan(a.abs(), real, backend=backend), diagonal_scan(a.abs(), real, backend="reference")
+        )
+        torch.testing.assert_close(
+            diagonal_scan(a.conj(), x, backend=backend), diagonal_scan(a.conj(), x, backend="reference")
+        )
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("reverse", (False, True))
+def test_a_reset_stops_what_is_not_finite(backend, reverse):
+    """NaN in one document, or in its gradient, stays there."""
+    a, x, state, _ = make(1, 70, 3, 3, torch.float64, torch.float64)
+    reset = torch.zeros(1, 70, dtype=torch.bool)
+    reset[0, 30] = True
+    kept = slice(0, 31) if reverse else slice(30, 70)  # the document entered by the reset
+    dirty = x.clone()
+    dirty[0, 50 if reverse else 10] = torch.nan
+    h, _ = diagonal_scan(a, dirty, torch.full_like(state, torch.inf), reset=reset, reverse=reverse, backend=backend)
+    wanted, _ = diagonal_scan(a[:, kept], x[:, kept], reverse=reverse, backend="reference")
+    torch.testing.assert_close(h[:, kept], wanted)
+    x.requires_grad_()
+    h, _ = diagonal_scan(a, x, reset=reset, reverse=reverse, backend=backend)
+    weight = torch.ones_like(h)
+    weight[0, 10 if reverse else 50] = torch.nan
+    (grad,) = torch.autograd.grad(h, x, weight)
+    other = slice(31, 70) if reverse else slice(0, 30)
+    assert grad[:, other].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ("auto", *FAST))
+@pytest.mark.parametrize("T", (1, 5))
+def test_outputs_do_not_share_memory(backend, T):
+    a, x, state, _ = make(2, T, 4, 1, torch.float32, torch.float32)
+    h, final_state = diagonal_scan(a, x, state, backend=backend)
+    before = final_state.clone()
+    h.zero_()
+    assert torch.equal(final_state, before)
+
+
+def test_default_devices_and_traces_are_left_alone():
+    a, x, state, _ = make(2, 9, 4, 1, torch.float32, torch.float32)
+    wanted = diagonal_scan(a, x, state)
+    with torch.device("meta"):
+        got = diagonal_scan(a, x, state)
+    torch.testing.assert_close(got, wanted)
+    assert torch.autograd.grad(diagonal_scan(a.requires_grad_(), x)[0].sum(), a)[0].device.type == "cpu"

@@ -36,6 +36,12 @@ def test_bad_input(arguments, message):
             diagonal_scan(A.clone().requires_grad_(), X, backend="fast")
 
 
+@pytest.mark.parametrize("name", ("a", "x", "initial_state", "reset", "mask"))
+def test_what_is_no_tensor_is_named(name):
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+        diagonal_scan(**{"a": A, "x": X, "initial_state": None, name: [1.0]})
+
+
 @pytest.mark.parametrize("a", (torch.rand(1), torch.rand(5), torch.rand(2, 4)))
 def test_bad_shapes_in_a_single_step(a):
     """The short way of a decoding step must not let broadcasting through."""
@@ -43,7 +49,7 @@ def test_bad_shapes_in_a_single_step(a):
         diagonal_scan(a, X[:, :1], torch.zeros(2, 4))
     with pytest.raises(ValueError, match="initial_state must be"):
         diagonal_scan(A, X[:, :1], torch.zeros(1, 4))
-    with pytest.raises(ValueError, match="initial_state is torch.complex64"):
+    with pytest.raises(ValueError, match=r"initial_state is torch\.complex64"):
         diagonal_scan(A, X[:, :1], torch.zeros(2, 4, dtype=torch.complex64))
 
 
