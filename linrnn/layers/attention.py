@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, positive_int
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, positive_int
 
 
 class AttentionState(NamedTuple):
@@ -94,6 +94,7 @@ class Attention(RecurrentLayer):
     ) -> tuple[Tensor, State]:
         """Maps x (B, T, D) and a state to y (B, T, D) and the state after the last token (None if bidirectional)."""
         self.check_inputs(x, state, reset, mask)
+        x = blank_padding(x, mask)
         qk, v = self.qkv(x).unflatten(-1, (3, self.n_heads, self.d_head)).split((2, 1), 2)  # (B, T, 2 and 1, H, K)
         plain = state is None and reset is None and mask is None
         position, next_position = positions(x, state and state.position, reset, mask)  # (1 or B, T), (B)

@@ -107,7 +107,12 @@ class RecurrentLayer(nn.Module):
             raise ValueError(f"x: expected a floating point tensor, got {describe(x)}")
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x: expected shape (batch, time, {self.d_model}), got {tuple(x.shape)}")
-        dtype = next(self.parameters()).dtype
+        parameter = next(self.parameters())
+        dtype, device = parameter.dtype, parameter.device
+        leaves = [leaf for leaf in state if isinstance(leaf, Tensor)] if isinstance(state, tuple) else []
+        for name, v in (("x", x), ("reset", reset), ("mask", mask), *(("state", leaf) for leaf in leaves)):
+            if isinstance(v, Tensor) and v.device != device:
+                raise ValueError(f"{name}: expected a tensor on {device} like the parameters, got one on {v.device}")
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(
                 f"x: expected {dtype} like the parameters, got {x.dtype}; convert one or use torch.autocast"
@@ -132,6 +137,8 @@ class RecurrentLayer(nn.Module):
             raise TypeError(f"state: expected {self.state_type.__name__} or None, got {type(state).__name__}")
         for field, (shape, dtype) in self.state_spec().items():
             leaf = getattr(state, field)
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"state.{field}: expected a tensor, got {describe(leaf)}")
             expected = (batch_size, *shape)
             fits = leaf.ndim == len(expected) and all(
                 n is None or n == m for n, m in zip(expected, leaf.shape, strict=True)
@@ -141,6 +148,11 @@ class RecurrentLayer(nn.Module):
                 raise ValueError(f"state.{field}: expected shape ({shown}), got {tuple(leaf.shape)}")
             if leaf.dtype != dtype if dtype is not None else not leaf.is_floating_point():
                 raise ValueError(f"state.{field}: expected {dtype or 'a floating point tensor'}, got {leaf.dtype}")
+
+
+def blank_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns x (B, T, D) with zeros at padded tokens, so that no NaN there reaches a gradient or a real token."""
+    return x if mask is None else x.masked_fill(~mask[..., None], 0)
 
 
 def describe(value: object) -> str:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, accumulation_dtype, positive_int
+from linrnn.layers.base import RecurrentLayer, State, accumulation_dtype, blank_padding, positive_int
 from linrnn.ops import diagonal_scan
 
 
@@ -75,6 +75,7 @@ class RingRNN(RecurrentLayer):
     ) -> tuple[Tensor, State]:
         """Maps x (B, T, D) and a state to y (B, T, D) and the state after the last token (None if bidirectional)."""
         self.check_inputs(x, state, reset, mask)
+        x = blank_padding(x, mask)
         λ = self.eigenvalues()  # (N)
         half = slice(0, self.d_state if self.causal else self.d_state // 2)
         y, final = self.scan(λ, x, state, half, reset=reset, mask=mask)

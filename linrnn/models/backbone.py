@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linrnn import layers
-from linrnn.layers.base import RecurrentLayer, State, positive_int
+from linrnn.layers.base import RecurrentLayer, State, blank_padding, positive_int
 
 
 class SequenceBackbone(RecurrentLayer):
@@ -75,6 +75,7 @@ class SequenceBackbone(RecurrentLayer):
     ) -> tuple[Tensor, State]:
         """Maps x (B, T, D) and a state to y (B, T, D) and the state after the last token (None if bidirectional)."""
         self.check_inputs(x, state, reset, mask)
+        x = blank_padding(x, mask)
         states = []
         for i, block in enumerate(self.blocks):
             x, final = block(x, None if state is None else state[i], reset=reset, mask=mask)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from linrnn.layers.base import accumulation_dtype, describe, positive_int
 from linrnn.models.backbone import SequenceBackbone
 from linrnn.models.pretrained import Pretrained
+from linrnn.ops._backend import unwatched
 
 POOLINGS = ("mean", "last", "max", "cls")
 
@@ -124,8 +125,9 @@ class SequenceClassifier(Pretrained):
         self.check_inputs(x, mask)
         if mask is not None:
             x = x.masked_fill(~mask if self.d_input is None else ~mask[..., None], 0)
-        # reading ids back from a GPU would stop it at every call; there the embedding itself raises
-        if self.vocab_size is not None and x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel():
+        # reading ids back from a GPU would stop it at every call, and torch.func cannot; there the embedding raises
+        readable = x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() and unwatched((x,))
+        if self.vocab_size is not None and readable:
             low, high = (int(v) for v in x.aminmax())
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(

@@ -27,7 +27,8 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[
         for p in own.values():
             plain = p.ndim < 2 or isinstance(module, NO_DECAY_MODULES)
             settings.setdefault(p, (lr, 0.0 if plain else weight_decay))
-        hints = module.optim_hints() if hasattr(module, "optim_hints") else {}
+        # asked of the class: the wrapper that torch.compile returns would hand on its content's hints as its own
+        hints = module.optim_hints() if hasattr(type(module), "optim_hints") else {}
         for name, hint in hints.items():
             if name not in own:
                 raise ValueError(f"{path or type(module).__name__}.optim_hints: no parameter is called {name!r}")

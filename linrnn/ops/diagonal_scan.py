@@ -163,9 +163,7 @@ def _single_step(a: Tensor, x: Tensor, initial_state: Tensor, backend: str) -> b
     return (
         not torch.compiler.is_compiling()
         and backend == "auto"
-        and isinstance(a, Tensor)
-        and isinstance(x, Tensor)
-        and isinstance(initial_state, Tensor)
+        and _plain(a, x, initial_state)
         and x.ndim == 3
         and x.shape[1] == 1
         and (a.shape == x.shape[2:] or a.shape == x.shape[1:] or a.shape == x.shape)
@@ -173,7 +171,6 @@ def _single_step(a: Tensor, x: Tensor, initial_state: Tensor, backend: str) -> b
         and a.dtype == x.dtype == initial_state.dtype
         and a.device == x.device == initial_state.device
         and x.dtype in _STATE_DTYPES
-        and _plain(a, x, initial_state)
     )
 
 

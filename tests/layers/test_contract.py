@@ -233,7 +233,7 @@ def test_padding_changes_nothing(name: str, bidirectional: bool, kind: str, T: i
     layer = make_way(name, bidirectional)
     mask = padding(kind, T)
     x = torch.randn(4, T, D, dtype=torch.float64)
-    x = torch.where(mask[..., None], x, 1e3)
+    x = torch.where(mask[..., None], x, torch.nan)
 
     def alone(x: Tensor, state: Any) -> tuple[Tensor, Any]:
         y, finals = torch.zeros_like(x), []
@@ -529,6 +529,27 @@ def test_bad_flags(name: str, argument: str) -> None:
         layer(x, **{argument: [True]})
     with pytest.raises(ValueError, match=rf"{argument}: expected shape \(2, 5\), got \(5,\)"):
         layer(x, **{argument: torch.ones(5, dtype=torch.bool)})
+
+
+@each_layer
+def test_another_device(name: str) -> None:
+    layer, x = make(name), torch.zeros(2, 5, D, dtype=torch.float64)
+    flags = torch.ones(2, 5, dtype=torch.bool, device="meta")
+    with pytest.raises(ValueError, match="x: expected a tensor on cpu like the parameters, got one on meta"):
+        layer(x.to("meta"))
+    with pytest.raises(ValueError, match="mask: expected a tensor on cpu"):
+        layer(x, mask=flags)
+    with pytest.raises(ValueError, match="state: expected a tensor on cpu"):
+        layer(x, map_leaves(lambda t: t.to("meta"), layer.init_state(2)))
+
+
+@each_layer
+def test_nan_in_padding_reaches_no_gradient(name: str) -> None:
+    layer = make(name)
+    mask = torch.arange(9) < torch.tensor([[9], [5]])
+    x = torch.where(mask[..., None], torch.randn(2, 9, D, dtype=torch.float64), torch.nan)
+    layer(x, mask=mask)[0][mask].sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
 
 
 @each_layer

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from linrnn import layers
 from linrnn.models import SequenceBackbone, SequenceClassifier, count_params, match_params, param_groups
 
 
@@ -115,3 +116,11 @@ def test_match_params_allocates_nothing() -> None:
         return model
 
     match_params(22_000_000_000, build, [2**15, 2**16])
+
+
+def test_a_compiled_model_has_the_groups_of_its_content() -> None:
+    """torch.compile's wrapper forwards attributes, optim_hints among them."""
+    model = layers.build("lru", d_model=16)
+    plain, wrapped = (param_groups(m, 1e-3, 0.1) for m in (model, torch.compile(model)))
+    assert [len(g["params"]) for g in plain] == [len(g["params"]) for g in wrapped]
+    assert [(g["lr"], g["weight_decay"]) for g in plain] == [(g["lr"], g["weight_decay"]) for g in wrapped]
