@@ -126,12 +126,14 @@ def merge(best: dict[str, float], times: dict[str, float]) -> None:
 
 def step_overhead() -> str:
     """Microseconds of one decoding step at B = 1, D = 256, on one thread."""
-    a, x, state = torch.rand(256), torch.randn(1, 1, 256), torch.randn(1, 256)
+    a, varying, x, state = torch.rand(256), torch.rand(1, 1, 256), torch.randn(1, 1, 256), torch.randn(1, 256)
     calls = 500
     with torch.inference_mode():
         functions = {
             "torch.addcmul": lambda: [torch.addcmul(x, a, state[:, None]) for _ in range(calls)],
-            "diagonal_scan": lambda: [diagonal_scan(a, x, state) for _ in range(calls)],
+            "diagonal_scan, constant a": lambda: [diagonal_scan(a, x, state) for _ in range(calls)],
+            "varying a": lambda: [diagonal_scan(varying, x, state) for _ in range(calls)],
+            "no state": lambda: [diagonal_scan(a, x) for _ in range(calls)],
         }
         times = common.best_times(functions)
     return "; ".join(f"{name} {1e3 * ms / calls:.1f} us" for name, ms in times.items())
