@@ -221,6 +221,8 @@ def prepare(argv: list[str]) -> list[str]:
         i += 1
         if not word.startswith("-"):
             if command == "report":
+                if any(f.startswith("--runs_dir=") for f in flags):
+                    raise ValueError(f"report takes one folder, searched at any depth; got a second one, {word!r}")
                 flags.append(f"--runs_dir={word}")
             elif command in TAKES_PRESETS:
                 names.append(word)

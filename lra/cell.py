@@ -42,7 +42,7 @@ def run_cell(
 
     task = cell.build_task()
     folder = Path(runs_dir) / cell.key
-    if (done := finished(cell, folder)) is not None:
+    if (done := finished(folder)) is not None:
         return done
     _check_buildable(cell, task, accelerator)
     pretrained = None
@@ -58,7 +58,7 @@ def run_cell(
         lock.acquire()
     try:
         # Another process may have finished it while this one waited for the lock.
-        if (done := finished(cell, folder)) is not None:
+        if (done := finished(folder)) is not None:
             return done
         write_text(folder / CONFIG, config_yaml(cell))
         result = _compute(cell, task, folder, Path(runs_dir), pretrained, cache_dir, accelerator, say)
@@ -68,7 +68,7 @@ def run_cell(
     return result
 
 
-def finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
+def finished(folder: Path) -> dict[str, Any] | None:
     """The result of a cell that is already computed, or None.
 
     Raises:

@@ -9,11 +9,11 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import ceil
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
 
 Regime = Literal["scratch", "pretrain", "finetune"]
 Objective = Literal["auto", "masked", "causal"]
-REGIMES: tuple[Regime, ...] = ("scratch", "pretrain", "finetune")
 
 # Part of every plan: raised when the code changes what the same configuration computes.
 PROTOCOL = 1
@@ -22,6 +22,40 @@ PROTOCOL = 1
 def _check(ok: bool, name: str, value: Any, allowed: str) -> None:
     if not ok:
         raise ValueError(f"{name} must be {allowed}; got {value!r}")
+
+
+_WORDS = {
+    int: "an integer",
+    float: "a number such as 0.001",
+    bool: "true or false",
+    str: "a string",
+    dict: "a mapping",
+    NoneType: "null",
+}
+
+
+def _check_types(config: Any, prefix: str = "") -> None:
+    """Refuses a value that is not of its field's type, which YAML and callers without a type checker let through."""
+    for f in fields(config):
+        kinds = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
+        value = getattr(config, f.name)
+        allowed = " or ".join(_words(kind) for kind in kinds)
+        _check(any(_fits(value, kind) for kind in kinds), f"{prefix}{f.name}", value, allowed)
+
+
+def _words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    base = get_origin(kind) or kind
+    return _WORDS.get(base, f"a {base.__name__}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if isinstance(value, bool):  # an int to Python, not to whoever writes `seed: true`
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
 
 
 @dataclass(frozen=True)
@@ -50,6 +84,7 @@ class Model:
     """Keyword arguments of the mixer, such as {r_min: 0.5} for lru or {n_heads: 4} for attention."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "model.")
         _check(self.d_model >= 1, "model.d_model", self.d_model, "at least 1")
         _check(self.n_layers >= 1, "model.n_layers", self.n_layers, "at least 1")
         _check(self.ffn_expand > 0, "model.ffn_expand", self.ffn_expand, "positive")
@@ -76,6 +111,7 @@ class Optim:
     """Largest norm of the gradient; null: no clipping."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "optim.")
         _check(self.lr > 0, "optim.lr", self.lr, "positive")
         _check(self.pretrain_lr is None or self.pretrain_lr > 0, "optim.pretrain_lr", self.pretrain_lr, "positive")
         _check(self.batch_size >= 1, "optim.batch_size", self.batch_size, "at least 1")
@@ -100,6 +136,7 @@ class Budget:
     """Steps between the checkpoints a killed run resumes from."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "budget.")
         _check(self.steps >= 2, "budget.steps", self.steps, "at least 2")
         _check(0 < self.pretrain_share < 1, "budget.pretrain_share", self.pretrain_share, "strictly between 0 and 1")
         _check(self.labels is None or self.labels >= 1, "budget.labels", self.labels, "at least 1, or null for all")
@@ -124,8 +161,9 @@ class Cell:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check("name" in self.task, "task", self.task, "a mapping with the key `name` (`lra tasks` lists the names)")
-        _check(self.regime in REGIMES, "regime", self.regime, f"one of {', '.join(REGIMES)}")
+        named = isinstance(self.task, dict) and "name" in self.task
+        _check(named, "task", self.task, "a mapping with the key `name` (`lra tasks` lists the names)")
+        _check_types(self)
         _check(self.seed >= 0, "seed", self.seed, "at least 0")
         allowed = "masked" if self.model.bidirectional else "causal"
         if self.objective not in ("auto", allowed):

@@ -23,7 +23,10 @@ class Flag:
 
 @contextmanager
 def listening() -> Iterator[Flag]:
-    """Collects SIGINT and SIGTERM in a `Flag` instead of raising; the second Ctrl-C gets the usual handler again."""
+    """Collects SIGINT and SIGTERM in a `Flag` instead of raising.
+
+    A second one changes nothing: it must not cut short the saving that the first has ordered.
+    """
     flag = Flag()
     if threading.current_thread() is not threading.main_thread():
         yield flag  # Python delivers signals to the main thread only
@@ -33,8 +36,8 @@ def listening() -> Iterator[Flag]:
     before = {s: signal.getsignal(s) for s in watched}
 
     def receive(signum: int, frame: FrameType | None) -> None:
-        flag.signum = signum
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if flag.signum is None:
+            flag.signum = signum
 
     for s in watched:
         signal.signal(s, receive)

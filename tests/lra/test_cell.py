@@ -159,7 +159,7 @@ def test_a_damaged_result_is_named(tiny, run):
     _, folder = run(tiny())
     (folder / "result.json").write_text('{"key": ')
     with pytest.raises(ValueError, match=r"result.json is damaged.*delete it"):
-        finished(tiny(), folder)
+        finished(folder)
 
 
 def test_a_divergent_run_says_so(tiny, run):

@@ -87,6 +87,38 @@ def test_bad_values_are_named(make, name):
         make()
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"seed": "x"}, "seed must be an integer; got 'x'"),
+        ({"seed": True}, "seed must be an integer; got True"),
+        ({"seed": None}, "seed must be an integer; got None"),
+        ({"seed": 1.0}, "seed must be an integer; got 1.0"),
+        ({"task": 3}, "task must be a mapping with the key `name` (`lra tasks` lists the names); got 3"),
+        ({"regime": ["scratch"]}, "regime must be one of scratch, pretrain, finetune; got ['scratch']"),
+        ({"objective": 3}, "objective must be one of auto, masked, causal; got 3"),
+        ({"model": {"d_model": "64"}}, "model.d_model must be an integer; got '64'"),
+        ({"model": {"bidirectional": 1}}, "model.bidirectional must be true or false; got 1"),
+        ({"model": {"dropout": False}}, "model.dropout must be a number such as 0.001; got False"),
+        ({"model": {"mixer": 3}}, "model.mixer must be a string; got 3"),
+        ({"model": {"norm": "batch"}}, "model.norm must be one of rms, layer; got 'batch'"),
+        ({"model": {"mixer_kwargs": []}}, "model.mixer_kwargs must be a mapping; got []"),
+        ({"optim": {"lr": "1e-3"}}, "optim.lr must be a number such as 0.001; got '1e-3'"),
+        ({"optim": {"clip": "no"}}, "optim.clip must be a number such as 0.001 or null; got 'no'"),
+        ({"budget": {"labels": 1.5}}, "budget.labels must be an integer or null; got 1.5"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_what_is_allowed(config, message):
+    with pytest.raises(ValueError) as refusal:
+        cell_from_dict(config)
+    assert str(refusal.value) == message
+
+
+def test_an_integer_is_a_number_and_null_is_allowed_where_it_is_the_default():
+    cell = cell_from_dict({"optim": {"lr": 1, "clip": None, "pretrain_lr": None}, "budget": {"labels": None}})
+    assert cell.optim.lr == 1 and cell.optim.clip is None
+
+
 def test_config_round_trip(tiny):
     cell = tiny(regime="finetune", seed=2, model={"mixer_kwargs": {"r_min": 0.5}})
     assert cell_from_dict(cell.to_dict()) == cell

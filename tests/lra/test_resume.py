@@ -90,14 +90,15 @@ def test_killed_runs_end_in_the_same_bits(tiny, cache_dir, tmp_path):
         assert_same_bits(tmp_path / "killed" / key, tmp_path / "whole" / key)
 
 
-def signal_at(monkeypatch, step: int, signum: int) -> None:
-    """Sends this process a signal while it works on `step`."""
+def signal_at(monkeypatch, step: int, signum: int, times: int = 1) -> None:
+    """Sends this process a signal, or several, while it works on `step`."""
     real = Recorder.on_train_batch_start
 
     def sending(self, trainer, *rest):
         real(self, trainer, *rest)
         if trainer.global_step == step - 1:
-            os.kill(os.getpid(), signum)
+            for _ in range(times):
+                os.kill(os.getpid(), signum)
 
     monkeypatch.setattr(Recorder, "on_train_batch_start", sending)
 
@@ -119,11 +120,13 @@ def test_an_interrupted_run_saves_and_goes_on(tiny, cache_dir, tmp_path, monkeyp
     assert signal.getsignal(signum) == handler, "the handlers are put back"
 
 
-def test_ctrl_c_tells_how_to_go_on(tiny_yaml, cache_dir, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_saves_and_tells_how_to_go_on(tiny_yaml, cache_dir, tmp_path, monkeypatch, capsys, times):
     argv = ["run", tiny_yaml, "--runs-dir", str(tmp_path), "--cache-dir", cache_dir, "--accelerator", "cpu"]
     with monkeypatch.context() as patch:
-        signal_at(patch, 4, signal.SIGINT)
+        signal_at(patch, 4, signal.SIGINT, times)
         assert main(argv) == 130
+    assert len(list(tmp_path.rglob(LAST))) == 1, "a second Ctrl-C does not prevent the checkpoint"
     error = capsys.readouterr().err
     assert "stopped at step 4 of 20" in error and f"lra run {tiny_yaml} --runs-dir" in error
     assert main(argv) == 0
