@@ -28,6 +28,12 @@ def test_lra_commands_parse(line, capsys, monkeypatch):
     assert stop.value.code in (0, None), capsys.readouterr().err
 
 
+def test_no_placeholders_and_no_dead_links():
+    assert "<!--" not in README
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (Path(__file__).parent.parent / target).exists(), target
+
+
 def test_ci_runs_the_test_command():
     assert "pip install 'torch>=2.10,<2.14' -e '.[dev]' && pytest" in README
     assert 'grep -m1 "pytest" README.md' in (Path(__file__).parent.parent / ".ci" / "run").read_text()
