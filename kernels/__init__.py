@@ -4,3 +4,17 @@
 Python's ABI: one build serves every version of both. Everything here takes and returns plain tensors, without
 autograd; `linrnn.ops` puts the derivatives on top.
 """
+
+import torch
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states and accumulators for inputs of `dtype`: half precision is a format, never an accumulator."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def coefficient_dtype(a: torch.dtype, state: torch.dtype) -> torch.dtype:
+    """The dtype of a coefficient of dtype `a` beside states of dtype `state`: as precise, but real if it is real."""
+    if a.is_complex or not state.is_complex:
+        return state
+    return torch.float64 if state == torch.complex128 else torch.float32  # Dynamo cannot trace dtype.to_real

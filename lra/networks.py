@@ -13,8 +13,8 @@ from linrnn.layers import available
 from linrnn.models import SequenceClassifier, count_params, match_params
 from linrnn.models.backbone import build_mixer
 from lra.config import Model
+from lra.differences import tensor_differences
 from lra.objectives import Net
-from lra.train import tensor_differences
 
 
 def build_body(model: Model, task: Any) -> SequenceClassifier:

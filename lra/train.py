@@ -18,12 +18,12 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from safetensors.torch import save_file
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from linrnn.models import param_groups
 from lra.batches import Batch, BatchStream, Tokens, stream_seed
 from lra.config import Cell
+from lra.differences import plan_differences
 from lra.evaluate import Scorer, evaluate
 from lra.files import write_csv, write_whole
 from lra.interrupt import Flag, Interrupted, listening
@@ -252,15 +252,6 @@ def check_resumable(path: Path, plan: dict[str, Any]) -> None:
         )
 
 
-def plan_differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
-    """The keys on which two plans differ: `model.d_model is 32 there, 64 here`."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        keys = [*ours, *(k for k in theirs if k not in ours)]
-        pairs = ((theirs.get(k), ours.get(k), f"{name}.{k}".lstrip(".")) for k in keys)
-        return [difference for pair in pairs for difference in plan_differences(*pair)]
-    return [] if theirs == ours else [f"{name} is {theirs!r} there, {ours!r} here"]
-
-
 def device_kind(accelerator: str) -> str:
     """`gpu` or `cpu`; auto is the GPU if torch sees one.
 
@@ -275,9 +266,3 @@ def device_kind(accelerator: str) -> str:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def tensor_differences(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> list[str]:
-    """The tensors that two state dictionaries do not share, by name and shape."""
-    there, here = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (theirs, ours))
-    return plan_differences(there, here)

@@ -5,6 +5,7 @@ import struct
 import torch
 from torch import Tensor
 
+from linrnn.kernels import state_dtype
 from linrnn.kernels.cpu import library
 
 # Below this many elements waking a second thread costs more than it saves.
@@ -22,11 +23,6 @@ TYPES = {
 # LinrnnDiagonalScan of diagonal_scan.cpp: 32 words of 8 bytes, cheaper to pack at once than a ctypes.Structure to fill.
 _PACK = struct.Struct("32q").pack
 _ABSENT = (0, 0, 0)
-
-
-def state_dtype(x_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of states and accumulators for inputs of x_dtype."""
-    return torch.promote_types(x_dtype, torch.float32)
 
 
 def forward(

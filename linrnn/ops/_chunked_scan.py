@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from linrnn.kernels import state_dtype
+
 MAX_CHUNK = 64
 
 
@@ -25,7 +27,7 @@ def chunked_scan(
         return h.flip(1), final_state
     decayed = _decayed_exactly if zeros or flags is not None else torch.mul
     B, T, D = x.shape
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = state_dtype(x.dtype)
     if flags is not None:
         a, x = effective(a.to(dtype), x, flags)
     if not x.is_complex():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linrnn.kernels import coefficient_dtype, state_dtype
 from linrnn.ops._backend import choose, unwatched
 from linrnn.ops._chunked_scan import chunked_scan, effective, flip_time, split_flags
 
@@ -28,7 +29,7 @@ def scan_op(
 @scan_op.register_fake
 def _(a, x, initial_state, flags, reverse, backend):
     B, T, D = x.shape
-    return x.new_empty(B, T, D), x.new_empty(B, D, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(B, T, D), x.new_empty(B, D, dtype=state_dtype(x.dtype))
 
 
 @torch.library.custom_op("linrnn::diagonal_scan_backward", mutates_args=())
@@ -51,7 +52,7 @@ def scan_backward_op(
 def _(a, h, initial_state, flags, grad_h, grad_final_state, reverse, needs_grad_a, backend):
     B, T, D = h.shape
     grad_a = a.new_empty(a.shape) if needs_grad_a else a.new_empty(0)
-    return grad_a, h.new_empty(B, T, D), h.new_empty(B, D, dtype=torch.promote_types(h.dtype, torch.float32))
+    return grad_a, h.new_empty(B, T, D), h.new_empty(B, D, dtype=state_dtype(h.dtype))
 
 
 def scan_backward(
@@ -200,8 +201,7 @@ def before(h: Tensor, initial_state: Tensor | None, reverse: bool) -> Tensor:
 
 def _coefficient(a: Tensor, dtype: torch.dtype) -> Tensor:
     """a in the precision of the states."""
-    wide = torch.promote_types(dtype, torch.float32)
-    return a.to(wide if a.is_complex() or not wide.is_complex else wide.to_real())
+    return a.to(coefficient_dtype(a.dtype, state_dtype(dtype)))
 
 
 def adjoint(scan, a, h, initial_state, flags, grad_h, grad_final_state, reverse) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,7 +211,7 @@ def adjoint(scan, a, h, initial_state, flags, grad_h, grad_final_state, reverse)
 
     Everything is in the state's precision. Reset and padding become values of a, which may then vary in time.
     """
-    dtype = torch.promote_types(h.dtype, torch.float32)
+    dtype = state_dtype(h.dtype)
     wide_a = _coefficient(a, h.dtype)
     hidden_before = before(h, initial_state, reverse).to(dtype)
     g = torch.zeros_like(h, dtype=dtype) if grad_h is None else grad_h.to(dtype)

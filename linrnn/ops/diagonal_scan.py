@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from linrnn.kernels import coefficient_dtype, state_dtype
 from linrnn.ops._backend import choose, unwatched
 
 _STATE_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -62,14 +63,14 @@ def diagonal_scan(
         h = torch.addcmul(x, a, initial_state.unsqueeze(1))
         return h, h.select(1, 0).clone()  # not a view: what is done to h in place must not reach the state
     B, D = _check(a, x, initial_state, reset, mask)
-    a, x, state_dtype = _promote(a, x)
-    if initial_state is not None and initial_state.dtype != state_dtype:
-        if initial_state.is_complex() and not state_dtype.is_complex:
+    a, x, wide_dtype = _promote(a, x)
+    if initial_state is not None and initial_state.dtype != wide_dtype:
+        if initial_state.is_complex() and not wide_dtype.is_complex:
             raise ValueError(f"initial_state is {initial_state.dtype}, but a and x are real, so the state is real too")
-        initial_state = initial_state.to(state_dtype)
+        initial_state = initial_state.to(wide_dtype)
 
     if backend == "reference":
-        wide = x.to(state_dtype)
+        wide = x.to(wide_dtype)
         state = wide.new_zeros(B, D) if initial_state is None else initial_state
         h, final_state = diagonal_scan_reference(a, wide, state, reset, mask, reverse)
         return h.to(x.dtype), final_state
@@ -143,8 +144,8 @@ def _promote(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
     else:
         common = torch.promote_types(a.dtype, x.dtype)
         x = x.to(common)
-        a = a.to(common if a.is_complex() or not common.is_complex else common.to_real())
-    return a, x, torch.promote_types(x.dtype, torch.float32)
+        a = a.to(coefficient_dtype(a.dtype, common))
+    return a, x, state_dtype(x.dtype)
 
 
 def _flags(reset: Tensor | None, mask: Tensor | None) -> Tensor | None:

@@ -126,6 +126,21 @@ def test_compile_fullgraph(dtype, a_ndim):
         torch.testing.assert_close(grads[1], grads[0])
 
 
+@pytest.mark.parametrize(
+    ("a_dtype", "x_dtype"),
+    (
+        (torch.float32, torch.complex64),
+        (torch.float64, torch.complex64),
+        (torch.complex64, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ),
+)
+def test_compile_fullgraph_of_mixed_dtypes(a_dtype, x_dtype):
+    a, x = torch.rand(4).to(a_dtype), torch.randn(2, 5, 4).to(x_dtype)
+    compiled = torch.compile(lambda a, x: diagonal_scan(a, x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(a, x), diagonal_scan(a, x))
+
+
 @pytest.mark.slow
 def test_compile_with_inductor():
     def f(a, x):
