@@ -1,11 +1,16 @@
 """The compiled code of linrnn, installed as `linrnn.kernels`.
 
 `cpu` holds C++ behind a C ABI, built with the package when there is a compiler. It knows nothing of torch's or
-Python's ABI: one build serves every version of both. Everything here takes and returns plain tensors, without
-autograd; `linrnn.ops` puts the derivatives on top.
+Python's ABI: one build serves every version of both. `cuda` holds CUDA C++ that needs no header of CUDA's, compiled
+for the GPU at hand when it is first used. Everything here takes and returns plain tensors, without autograd;
+`linrnn.ops` puts the derivatives on top.
 """
 
 import torch
+
+
+class KernelUnavailable(RuntimeError):
+    """Compiled kernels cannot run here; the message says why and what to do."""
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

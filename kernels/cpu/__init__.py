@@ -6,17 +6,15 @@ from pathlib import Path
 
 import torch
 
+from linrnn.kernels import KernelUnavailable
+
 ABI_VERSION = 2
 CURE = "install a C++ compiler and reinstall linrnn (pip install --force-reinstall --no-deps --no-cache-dir linrnn)"
 
 
-class KernelUnavailable(RuntimeError):
-    """The compiled library is missing or cannot be loaded; the message says why and what to do."""
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library. Raises KernelUnavailable."""
+    """The loaded library. Raises KernelUnavailable where it is missing or cannot be loaded."""
     import linrnn.kernels
 
     # An editable install keeps the sources and the built libraries in two folders of one package path.

@@ -49,7 +49,8 @@ def choose(backend: str, x: Tensor, available: tuple[str, ...]) -> str:
 
 @functools.cache
 def _cpu_library_missing() -> str | None:
-    from linrnn.kernels.cpu import KernelUnavailable, library
+    from linrnn.kernels import KernelUnavailable
+    from linrnn.kernels.cpu import library
 
     try:
         library()
