@@ -12,7 +12,7 @@
 #include <memory>
 #include <vector>
 
-#include "numbers.h"
+#include "../numbers.h"
 #include "parallel.h"
 
 namespace linrnn {
@@ -20,12 +20,6 @@ namespace linrnn {
 constexpr int64_t kMinStrip = 256;         // channels; narrower strips lose more bandwidth than a thread gains
 constexpr int64_t kSumBlock = 256;         // tokens added up before they join the long sum, for its rounding error
 constexpr int64_t kBlockBytes = 128 << 10; // of inputs per member and block of the time-parallel form
-
-template <class M>
-constexpr M one() {
-  if constexpr (std::is_floating_point_v<M>) return M(1);
-  else return M{1, 0};
-}
 
 // Scratch rows of one thread, each on its own cache lines.
 template <class N>

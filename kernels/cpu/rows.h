@@ -12,11 +12,7 @@
 #define LINRNN_CAN_STREAM 0
 #endif
 
-// A (B, T, D) tensor with unit stride in D; the other strides in elements, 0 where it is broadcast.
-struct LinrnnView {
-  void* data;
-  int64_t stride_b, stride_t;
-};
+#include "../numbers.h"
 
 namespace linrnn {
 

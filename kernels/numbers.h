@@ -1,11 +1,25 @@
-// The numbers of the kernels: storage types (what tensors hold) and the types the arithmetic runs in.
+// The numbers of the kernels, on the CPU and on the GPU: storage types (what tensors hold) and the types the arithmetic
+// runs in.
 //
 // bf16 and f16 are formats, never accumulators: they are widened to float when read and rounded to nearest even
-// when written, by hand, so that the code needs no instruction set beyond the baseline.
+// when written, by hand where the machine has no instruction for it.
 #pragma once
 
+#ifdef __CUDACC_RTC__  // NVRTC comes without headers
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using int64_t = long long;
+#else
 #include <cstdint>
 #include <cstring>
+#endif
+
+// A (B, T, D) tensor with unit stride in D; the other strides in elements, 0 where it is broadcast.
+struct LinrnnView {
+  void* data;
+  int64_t stride_b, stride_t;
+};
 
 namespace linrnn {
 
@@ -15,8 +29,8 @@ struct f16 { uint16_t bits; };
 template <class R>
 struct cplx { R re, im; };
 
-inline float float_of_bits(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
-inline uint32_t bits_of_float(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
+inline float float_of_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+inline uint32_t bits_of_float(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 
 // ---- reading: storage -> arithmetic ----
 inline float widen(float v) { return v; }
@@ -25,6 +39,11 @@ inline cplx<float> widen(cplx<float> v) { return v; }
 inline cplx<double> widen(cplx<double> v) { return v; }
 inline float widen(bf16 v) { return float_of_bits(uint32_t(v.bits) << 16); }
 inline float widen(f16 v) {
+#ifdef __CUDA_ARCH__
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v.bits));
+  return wide;
+#else
   // Exponent and mantissa moved into place and the exponent rebiased from 15 to 127; a subnormal is an exact
   // difference of two normals near 2^-14; infinities and NaNs get the largest exponent.
   const uint32_t magnitude = uint32_t(v.bits & 0x7fff) << 13, sign = uint32_t(v.bits & 0x8000) << 16;
@@ -33,6 +52,7 @@ inline float widen(f16 v) {
   const float subnormal = float_of_bits(magnitude | 0x38800000u) - float_of_bits(0x38800000u);
   const float finite = magnitude < 0x00800000u ? subnormal : scaled;
   return float_of_bits(bits_of_float(finite) | special | sign);
+#endif
 }
 
 // ---- writing: arithmetic -> storage ----
@@ -40,13 +60,24 @@ template <class X, class S>
 inline X narrow(S v) { return v; }
 template <>
 inline bf16 narrow<bf16, float>(float v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  bf16 rounded;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(v));
+  return rounded;
+#else
   const uint32_t u = bits_of_float(v);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const uint32_t nan = (u >> 16) | 0x40u;  // quiet, and kept a NaN when the payload's low half is cut off
   return {uint16_t((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
+#endif
 }
 template <>
 inline f16 narrow<f16, float>(float v) {
+#ifdef __CUDA_ARCH__
+  f16 rounded;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(v));
+  return rounded;
+#else
   const uint32_t u = bits_of_float(v), magnitude = u & 0x7fffffffu, sign = (u >> 16) & 0x8000u;
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   // Below 2^-14 the float addition of 1/2 rounds at the half format's fixed point, to nearest even.
@@ -54,6 +85,7 @@ inline f16 narrow<f16, float>(float v) {
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   return {uint16_t((magnitude >= 0x477ff000u ? special : finite) | sign)};
+#endif
 }
 
 // ---- arithmetic: the coefficient may be real where the state is complex ----
@@ -68,6 +100,13 @@ inline float add(float u, float v) { return u + v; }
 inline double add(double u, double v) { return u + v; }
 template <class R>
 inline cplx<R> add(cplx<R> u, cplx<R> v) { return {u.re + v.re, u.im + v.im}; }
+
+template <class M>
+struct Unit { static constexpr M one() { return 1; } };
+template <class R>
+struct Unit<cplx<R>> { static constexpr cplx<R> one() { return {1, 0}; } };
+template <class M>
+constexpr M one() { return Unit<M>::one(); }
 
 inline float conj(float a) { return a; }
 inline double conj(double a) { return a; }

@@ -1,0 +1,60 @@
+// What differs between a GPU and the CPU that runs these sources in the tests: the rest of the folder is plain C++.
+#pragma once
+
+#include "../numbers.h"
+
+namespace linrnn {
+
+constexpr int kMaxThreads = 256;  // of a block; leaves a thread 255 registers
+
+#ifdef LINRNN_HOST_SHIM
+
+inline void* dynamic_shared() { return shim::dynamic_shared(); }
+template <int BYTES>
+inline void async_copy(void* shared, const void* global) { shim::async_copy(shared, global, BYTES); }
+inline void async_commit() { shim::async_commit(); }
+template <int GROUPS>
+inline void async_wait() { shim::async_wait(GROUPS); }
+
+#else
+
+inline void* dynamic_shared() {
+  extern __shared__ int4 shared[];  // of 16 bytes: what the widest copy needs
+  return shared;
+}
+
+// Copies BYTES (4, 8 or 16, both addresses aligned to it) from global to shared memory while the thread goes on.
+template <int BYTES>
+inline void async_copy(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+  const unsigned to = unsigned(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(BYTES) : "memory");
+#else
+  memcpy(__builtin_assume_aligned(shared, BYTES), __builtin_assume_aligned(global, BYTES), BYTES);
+#endif
+}
+
+// Closes the group of the copies issued since the last one.
+inline void async_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until all groups but the newest GROUPS have arrived; what a thread copied it may then read itself.
+template <int GROUPS>
+inline void async_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+#endif
+}
+
+#endif
+
+inline int64_t least(int64_t u, int64_t v) { return u < v ? u : v; }
+
+}  // namespace linrnn
+
+// A kernel: one struct of arguments, by value. Launchers and the tests find kernels by this macro.
+#define LINRNN_KERNEL(name) \
+  extern "C" __global__ void __launch_bounds__(linrnn::kMaxThreads) name(const __grid_constant__ linrnn::Args args)

@@ -1,0 +1,94 @@
+"""How a scan is laid out on a GPU: which of the two shapes of scan.cuh, and how large its pieces.
+
+The rule, in words (a column is V adjacent channels, V = 2 for half precision and else 1):
+
+- Bytes under way. A GPU moves data at full speed when about 4 MB are on the way at any time; UNDER_WAY bytes for each
+  multiprocessor, in the rings of its threads, are enough for that with some to spare.
+- Many columns (96 for each multiprocessor and more): a thread to a column, deep rings.
+- Fewer: a block of 256 threads takes 32, 16 or 8 columns, the widest that still gives every multiprocessor a block, and
+  its threads share each tile of time. Every input is still read once, in one launch.
+- Too few columns for that (less than 4 for each multiprocessor) and a long T: time is cut into chunks, as many as give
+  each multiprocessor 256 threads, and three launches scan them. Inputs are read twice, so long sequences go panel by
+  panel, and what a panel touches fits in half the L2 cache.
+
+The numbers are first estimates from bytes and latencies; `benchmarks/scan_gpu.py --sweep` measures a plan's
+neighbours.
+"""
+
+import functools
+from dataclasses import dataclass
+
+from linrnn.kernels.cuda.driver import DeviceProperties
+
+STAGES = 4  # kStages of stream.cuh
+MAX_THREADS = 256  # kMaxThreads of device.cuh
+UNDER_WAY = 64 * 1024
+CARRY_WIDTH = 8  # channels of a block of scan_carry
+SHORT = 2048  # rows up to which three launches cost more than idle multiprocessors
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layout of one scan. In the chunked shape `chunk` is its rows in a chunk, else 0."""
+
+    width: int
+    """columns of a block (sequential), all its threads (chunked)"""
+    segments: int
+    """threads to a column"""
+    rows: int
+    """rows of a stage of a thread's ring"""
+    chunk: int = 0
+    panel: int = 0
+    """rows that go through the three chunked kernels together; 0: all of them"""
+
+    @property
+    def threads(self) -> int:
+        return self.width * self.segments
+
+    def ring_bytes(self, row_bytes: int) -> int:
+        return STAGES * self.rows * self.threads * row_bytes
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_plan(
+    columns: int, T: int, row_bytes: int, moved_bytes: int, exchange_bytes: int, device: DeviceProperties
+) -> Plan:
+    """The plan for `columns` columns of T rows on `device`.
+
+    row_bytes: what a thread reads of one row of its column; moved_bytes: what it reads and writes; exchange_bytes: what
+    it tells the other threads of its block when several share a column.
+    """
+    processors = device.multiprocessors
+    if columns < 4 * processors and T > SHORT:
+        rows = _rows(8, MAX_THREADS, row_bytes)
+        panel = max(rows, device.l2_bytes // 2 // (columns * moved_bytes))
+        panels = -(-T // panel) if 2 * T > 3 * panel else 1
+        panel = -(-T // panels)
+        chunks = max(2, 256 * processors // columns)
+        chunk = -(-max(2 * rows, -(-panel // chunks)) // rows) * rows
+        return _fitting(Plan(128, 1, rows, chunk, panel if panels > 1 else 0), row_bytes, 0, device)
+    if columns >= 96 * processors:
+        width = 64
+        return _fitting(Plan(width, 1, _rows(32, columns // processors, row_bytes)), row_bytes, 0, device)
+    width = next((w for w in (32, 16) if columns >= w * processors), 8)
+    segments = MAX_THREADS // width
+    while segments > 1 and segments * width > 32 and (segments // 2) * 8 >= T:
+        segments //= 2
+    return _fitting(Plan(width, segments, 8), row_bytes, exchange_bytes, device)
+
+
+def _rows(most: int, threads: int, row_bytes: int) -> int:
+    """Rows of a stage, a power of two, so that STAGES of them for so many threads come to UNDER_WAY bytes."""
+    rows = most
+    while rows > 4 and STAGES * rows * threads * row_bytes > UNDER_WAY:
+        rows //= 2
+    return rows
+
+
+def _fitting(plan: Plan, row_bytes: int, exchange_bytes: int, device) -> Plan:
+    """The plan with fewer rows in a stage, until a block has room for its rings."""
+    room = device.shared_bytes_per_block - plan.threads * exchange_bytes
+    rows = plan.rows
+    while rows > 1 and STAGES * rows * plan.threads * row_bytes > room:
+        rows //= 2
+    return Plan(plan.width, plan.segments, rows, plan.chunk, plan.panel)
