@@ -1,0 +1,93 @@
+// The launch of a kernel on the CPU, and the entry points of shim.h.
+#include <atomic>
+#include <mutex>
+#include <numeric>
+#include <thread>
+
+#ifdef SHIM_THREADS
+#include "threads.h"
+#else
+#include "fibers.h"
+#endif
+
+namespace shim {
+
+__thread Place place;
+__thread Block* current;
+
+void* dynamic_shared() { return current->shared.data(); }
+
+void barrier(const char* file, int line) { arrive(*current, file, line); }
+
+void async_copy(void* shared, const void* global, int bytes) {
+  if (bytes != 4 && bytes != 8 && bytes != 16)
+    fail("asynchronous copy of " + std::to_string(bytes) + " bytes; 4, 8 and 16 are allowed");
+  if (reinterpret_cast<uintptr_t>(shared) % bytes || reinterpret_cast<uintptr_t>(global) % bytes)
+    fail("asynchronous copy of " + std::to_string(bytes) + " bytes between addresses that are not multiples of it");
+  if (!current->shared.holds(shared, bytes)) fail("asynchronous copy to outside of shared memory");
+  if (current->shared.holds(global, bytes)) fail("asynchronous copy from shared memory");
+  races::async_issue(shared, global, bytes, __builtin_return_address(0));
+  current->copies[place.thread.x].issue({shared, global, bytes, false});
+}
+void async_commit() { current->copies[place.thread.x].commit(); }
+void async_wait(int newest_left) { current->copies[place.thread.x].wait(newest_left, __builtin_return_address(0)); }
+
+namespace {
+
+void run_block(const Launch& launch, unsigned index) {
+  Block block(launch, index);
+  current = &block;
+  races::begin_block(index, block.shared.data(), block.shared.bytes(), SharedMemory::kZone);
+  run(block);
+  if (!races::found().empty()) throw Failure{races::found()};
+  block.check_red_zones();
+}
+
+void run_grid(const Launch& launch, unsigned os_threads) {
+  std::vector<unsigned> order(launch.place.grid_size.x);
+  std::iota(order.begin(), order.end(), 0u);
+  std::mt19937 random(launch.seed);
+  std::shuffle(order.begin(), order.end(), random);
+  std::atomic<size_t> next{0};
+  std::mutex mutex;
+  Failure failure;
+  const auto work = [&] {
+    try {
+      for (size_t i; (i = next++) < order.size();) run_block(launch, order[i]);
+    } catch (const Failure& thrown) {
+      next = order.size();
+      std::lock_guard<std::mutex> lock(mutex);
+      if (failure.what.empty()) failure = thrown;
+    }
+  };
+  std::vector<std::thread> others;
+  for (unsigned i = 1; i < std::min<size_t>(os_threads, order.size()); i++) others.emplace_back(work);
+  work();
+  for (std::thread& thread : others) thread.join();
+  if (!failure.what.empty()) throw failure;
+}
+
+}  // namespace
+
+// Returns what went wrong, or null. The text lives until the next launch from this OS thread.
+const char* launch(const char* name, Entry entry, const void* args, size_t bytes, size_t expected_bytes, unsigned grid,
+                   unsigned block, unsigned shared_bytes, unsigned seed, unsigned os_threads) {
+  static thread_local std::string error;
+  if (bytes != expected_bytes) {
+    error = std::string("kernel ") + name + " takes a struct of " + std::to_string(expected_bytes) +
+            " bytes but was given " + std::to_string(bytes);
+    return error.c_str();
+  }
+  std::vector<std::max_align_t> aligned(bytes / sizeof(std::max_align_t) + 1);
+  std::memcpy(aligned.data(), args, bytes);
+  try {
+    races::begin_launch(name);
+    run_grid({name, entry, aligned.data(), {{0}, {0}, {block}, {grid}}, shared_bytes, seed}, os_threads);
+  } catch (const Failure& failure) {
+    error = failure.what;
+    return error.c_str();
+  }
+  return nullptr;
+}
+
+}  // namespace shim
