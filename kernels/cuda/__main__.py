@@ -56,7 +56,7 @@ def build(architectures: list[str], out: Path | None) -> int:
         began = time.perf_counter()
         source = compiler.read(name)
         try:
-            image, _ = compiler.compile_source(source, definitions, architecture)
+            image, log = compiler.compile_source(source, definitions, architecture)
         except (KernelUnavailable, compiler.CompileError) as error:
             print(error, file=sys.stderr)
             return 1
@@ -66,9 +66,21 @@ def build(architectures: list[str], out: Path | None) -> int:
             return 1
         seconds = time.perf_counter() - began
         label = " ".join((architecture, name, *definitions))
-        print(f"[{number}/{len(everything)}] {seconds:5.2f} s  {len(image) / 1024:6.1f} KiB  {label}", flush=True)
+        size = f"{len(image) / 1024:6.1f} KiB {_registers(log)}"
+        print(f"[{number}/{len(everything)}] {seconds:5.2f} s {size}  {label}", flush=True)
     print(f"written to {where}")
     return 0
+
+
+def _registers(log: str) -> str:
+    """The largest number of registers a kernel takes, and what did not fit; nothing for PTX, which has none yet."""
+    found = compiler.resources(log).values()
+    if not found:
+        return ""
+    local = max(used.stack + used.spill_stores + used.spill_loads for used in found)
+    return f"{max(used.registers for used in found):4} registers" + (
+        f", {local} bytes of spills and stack" * (local > 0)
+    )
 
 
 def _architecture(text: str) -> str:

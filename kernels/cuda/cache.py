@@ -127,8 +127,8 @@ def store(where: Path | None, name: str, image: bytes) -> Path | None:
     return where / name
 
 
-def prune(where: Path, limit: int = LIMIT) -> None:
-    """Removes the least recently used entries beyond `limit` bytes, and what writers that died left behind."""
+def prune(where: Path) -> None:
+    """Removes the least recently used entries beyond LIMIT bytes, and what writers that died left behind."""
     for path in where.glob("*.nvrtc*.tmp"):
         used = _stat(path)
         if used is not None and time.time() - used[0] > STALE:
@@ -137,7 +137,7 @@ def prune(where: Path, limit: int = LIMIT) -> None:
     total = 0
     for (_, size), path in found:
         total += size
-        if total > limit:
+        if total > LIMIT:
             _remove(path)
 
 
