@@ -162,6 +162,22 @@ def test_threads_compile_a_program_once(monkeypatch, compilations):
     assert len(compilations) == 2 and len(images) == 8 and len(set(images)) == 2
 
 
+def test_an_entry_appears_whole(monkeypatch, compilations, empty_cache):
+    """Nothing has the entry's name until all of it is in another file of the same folder."""
+    replace, seen = os.replace, []
+
+    def observed(temporary, path):
+        image = f"{SOURCE} () sm_90".encode()
+        assert not path.exists() and Path(temporary).parent == path.parent == empty_cache
+        assert Path(temporary).read_bytes() == image + cache.MAGIC + hashlib.sha256(image).digest()
+        replace(temporary, path)
+        seen.append(path)
+
+    monkeypatch.setattr(cache.os, "replace", observed)
+    cache.obtain(SOURCE, (), H200)
+    assert seen == list(empty_cache.iterdir())
+
+
 WRITER = """
 import logging, sys
 from linrnn.kernels.cuda import cache, compiler
