@@ -11,7 +11,9 @@ constexpr int kMaxThreads = 256;  // of a block; leaves a thread 255 registers
 
 inline void* dynamic_shared() { return shim::dynamic_shared(); }
 template <int BYTES>
-inline void async_copy(void* shared, const void* global) { shim::async_copy(shared, global, BYTES); }
+inline void async_copy(void* shared, int offset, const void* global) {
+  shim::async_copy(static_cast<char*>(shared) + offset, global, BYTES);
+}
 inline void async_commit() { shim::async_commit(); }
 template <int GROUPS>
 inline void async_wait() { shim::async_wait(GROUPS); }
@@ -23,14 +25,16 @@ inline void* dynamic_shared() {
   return shared;
 }
 
-// Copies BYTES (4, 8 or 16, both addresses aligned to it) from global to shared memory while the thread goes on.
+// Copies BYTES (4, 8 or 16, both addresses aligned to it) from global memory to `offset` bytes behind an address in
+// shared memory, while the thread goes on. (Apart from the offset, so that this is one addition of 32 bits or none.)
 template <int BYTES>
-inline void async_copy(void* shared, const void* global) {
+inline void async_copy(void* shared, int offset, const void* global) {
 #if __CUDA_ARCH__ >= 800
-  const unsigned to = unsigned(__cvta_generic_to_shared(shared));
+  const unsigned to = unsigned(__cvta_generic_to_shared(shared)) + offset;
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(BYTES) : "memory");
 #else
-  memcpy(__builtin_assume_aligned(shared, BYTES), __builtin_assume_aligned(global, BYTES), BYTES);
+  char* to = static_cast<char*>(shared) + offset;
+  memcpy(__builtin_assume_aligned(to, BYTES), __builtin_assume_aligned(global, BYTES), BYTES);
 #endif
 }
 

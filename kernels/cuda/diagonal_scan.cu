@@ -11,7 +11,7 @@
 namespace linrnn {
 
 // Position k counts in the order of the pass, for a backward or reverse pass too: the launcher turns addresses and
-// strides round. A null address is an absent argument. States are contiguous (B, D), in the arithmetic type of x.
+// strides round. A null address is an absent state, or an output that nobody wants. States are contiguous (B, D), in the arithmetic type of x.
 struct Args {
   int64_t columns, T, D, V;     // columns = B * D / V
   LinrnnView a, x, out;         // x: what drives the recurrence, x itself or the gradient of h; out: h, or the gradient of x
@@ -42,6 +42,7 @@ inline bool is_zero(cplx<double> p) { return p.re == 0 && p.im == 0; }
 struct Common {
   using S = arithmetic<X>;
   using M = arithmetic<A>;
+  using WideS = decltype(in_double(S{}));
   using Wide = decltype(in_double(M{}));
   static constexpr int kWidth = V;
 
@@ -62,10 +63,13 @@ struct Common {
     x.attach(ring, depth);
     if constexpr (!kConstant) a.attach(ring, depth);
   }
-  void seek(int64_t k) { x.seek(k), a.seek(k); }
-  void fetch(int slot) {
-    x.fetch(slot);
-    if constexpr (!kConstant) a.fetch(slot);
+  void fetch(int64_t k, int n, int slot) {
+    x.fetch(k, n, slot);
+    if constexpr (!kConstant) a.fetch(k, n, slot);
+  }
+  Vec<A, V> coefficients(int slot) const {
+    if constexpr (kConstant) return {};
+    else return a.read(slot);
   }
   M coefficient(const Vec<A, V>& row, int v) const {
     if constexpr (kConstant) return constant[v];
@@ -87,11 +91,9 @@ struct Common {
     for (int v = 0; v < V; ++v) s[v] = from ? at[v] : S{};
   }
 
-  static S through(Wide p, S q, S s) {
-    if (kFlags && is_zero(p)) return q;  // a reset cuts off what was before it, also an infinity
-    S after;
-    round_to(add(mul(p, in_double(s)), in_double(q)), after);
-    return after;
+  static WideS through(Wide p, S q, WideS s) {
+    if (kFlags && is_zero(p)) return in_double(q);  // a reset cuts off what was before it, also an infinity
+    return add(mul(p, s), in_double(q));
   }
 };
 
@@ -106,8 +108,7 @@ struct Forward : Common {
   Forward(const Args& args, int64_t column) : Common(args, column), h(args.out, b, d) {}
 
   void seek_outputs(int64_t k) { h.seek(k); }
-  void fetch(int64_t, int slot) { Common::fetch(slot); }
-  Row read(int64_t k, int slot) const { return {kConstant ? Vec<A, V>{} : a.read(slot), x.read(slot), flag(k)}; }
+  Row read(int64_t k, int slot) const { return {coefficients(slot), x.read(slot), flag(k)}; }
 
   void advance(const Row& row, S* s) const {
     for (int v = 0; v < V; ++v) {
@@ -137,44 +138,41 @@ struct Backward : Common {
   struct Row {
     Vec<A, V> a;
     Vec<X, V> grad_h;
-    S before[EMITS ? V : 1];
+    Vec<X, EMITS ? V : 1> before;
     uint8_t flag;
   };
   Incoming<X, V> before;
   Outgoing<X, V> grad_x;
   Outgoing<A, V> grad_a;
   void* sums;
-  int64_t last;  // the position whose `before` is `first`; -1 if none
-  S first[V];
+  int64_t last;     // the position whose token found no row of `before` but the initial state; -1 if none
+  Vec<X, V> first;  // that state, in the format of the rows
   Wide sum[V];
 
   Backward(const Args& args, int64_t column)
       : Common(args, column), before(args.before, b, d), grad_x(args.out, b, d), grad_a(args.grad_a, b, d),
         sums(args.sum), last(args.at_start ? args.T - 1 : -1) {
-    load(args.first, first);
-    for (int v = 0; v < V; ++v) sum[v] = Wide{};
+    S state[V];
+    load(args.first, state);
+    for (int v = 0; v < V; ++v) first.data[v] = narrow<X>(state[v]), sum[v] = Wide{};
   }
 
   void attach(char*& ring, int depth) {
     Common::attach(ring, depth);
     if constexpr (EMITS) before.attach(ring, depth);
   }
-  void seek(int64_t k) {
-    Common::seek(k);
-    if constexpr (EMITS) before.seek(k);
-  }
   void seek_outputs(int64_t k) { grad_x.seek(k), grad_a.seek(k); }
-  void fetch(int64_t k, int slot) {
-    Common::fetch(slot);
-    if constexpr (EMITS)
-      if (k != last) before.fetch(slot);
+  void fetch(int64_t k, int n, int slot) {
+    Common::fetch(k, n, slot);
+    if constexpr (EMITS) {
+      const bool at_start = n && k + n - 1 == last;
+      before.fetch(k, at_start ? n - 1 : n, slot);
+      if (at_start) before.slots[slot + n - 1] = first;
+    }
   }
   Row read(int64_t k, int slot) const {
-    Row row{kConstant ? Vec<A, V>{} : a.read(slot), x.read(slot), {}, flag(k)};
-    if constexpr (EMITS) {
-      const Vec<X, V> found = before.read(slot);
-      for (int v = 0; v < V; ++v) row.before[v] = k == last ? first[v] : widen(found.data[v]);
-    }
+    Row row{coefficients(slot), x.read(slot), {}, flag(k)};
+    if constexpr (EMITS) row.before = before.read(slot);
     return row;
   }
 
@@ -196,7 +194,7 @@ struct Backward : Common {
     Vec<A, V> da;
     for (int v = 0; v < V; ++v) {
       const S g = gradient(row, s, v);
-      const M of_a = row.flag ? M{} : grad_of_coefficient<M>(g, row.before[v]);
+      const M of_a = row.flag ? M{} : grad_of_coefficient<M>(g, widen(row.before.data[v]));
       dx.data[v] = narrow<X>(row.flag & HOLD ? S{} : g);
       if constexpr (kConstant) sum[v] = add(sum[v], in_double(of_a));
       else da.data[v] = narrow<A>(of_a);

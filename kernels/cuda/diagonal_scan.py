@@ -9,7 +9,7 @@ from torch import Tensor
 
 from linrnn.kernels import cuda, state_dtype
 from linrnn.kernels.cuda.driver import Kernel
-from linrnn.kernels.cuda.plan import CARRY_WIDTH, MAX_THREADS, Plan, choose_plan
+from linrnn.kernels.cuda.plan import CARRY_WIDTH, MAX_THREADS, Plan, choose_plan, fitted
 from linrnn.kernels.tensors import (
     ABSENT,
     View,
@@ -106,14 +106,15 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of x (B, T, D), of a (its shape; None unless wanted) and of the initial state (B, D)."""
     a, h, initial_state, flags = _aligned(a), _aligned(h), contiguous(initial_state), contiguous(flags)
-    grad_h = None if grad_h is None else _aligned(grad_h)
+    # where only the final state has a gradient, one row of zeros serves for all
+    grad_h = h.new_zeros(h.shape[-1]).expand(h.shape) if grad_h is None else _aligned(grad_h)
     grad_final_state = contiguous(grad_final_state)
     grad_x = h.new_empty(h.shape)
     grad_s = h.new_empty((h.shape[0], h.shape[2]), dtype=state_dtype(h.dtype))
     if h.numel() == 0:
         grad_a = a.new_zeros(a.shape) if needs_grad_a else None
         return grad_x, grad_a, grad_s.zero_() if grad_final_state is None else grad_s.copy_(grad_final_state)
-    V = 2 if _paired(a) and _paired(h) and _paired(grad_x) and (grad_h is None or _paired(grad_h)) else 1
+    V = 2 if _paired(a) and _paired(h) and _paired(grad_x) and _paired(grad_h) else 1
     layout = _layout(True, a.dtype, h.dtype, V, a.ndim == 1, flags is not None, h.shape, _device(h), plan)
     grad_a = empty_gradient_of_a(a, h, layout.parts, layout.product_dtype) if needs_grad_a else None
     # The pass runs from the last token on, and beside each token it reads the row before it.
@@ -122,7 +123,7 @@ def backward(
     _launch(
         layout,
         a=view(a, down),
-        x=ABSENT if grad_h is None else view(grad_h, down),
+        x=view(grad_h, down),
         out=view(grad_x, down),
         flags=flags_view(flags, down),
         entry=grad_final_state,
@@ -176,7 +177,8 @@ def _layout(
     states, products = state_dtype(x), torch.complex128 if a.is_complex else torch.float64
     exchanged = 2 * V * (products.itemsize + states.itemsize)  # two buffers
     properties = cuda.properties(device)
-    plan = plan or choose_plan(columns, T, V * row_bytes, V * (row_bytes + written), exchanged, properties)
+    plan = plan or choose_plan(columns, T, V * row_bytes, V * (row_bytes + written), properties)
+    plan = fitted(plan, V * row_bytes, exchanged, properties)
     program = cuda.program(*_program(backward, a, x, V, constant, flagged), device)
     ring = plan.ring_bytes(V * row_bytes)
     launches: tuple[tuple[Kernel, int, int, int], ...]

@@ -15,8 +15,7 @@ The numbers are first estimates from bytes and latencies; `benchmarks/scan_gpu.p
 neighbours.
 """
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from linrnn.kernels.cuda.driver import DeviceProperties
 
@@ -46,17 +45,14 @@ class Plan:
         return self.width * self.segments
 
     def ring_bytes(self, row_bytes: int) -> int:
-        return STAGES * self.rows * self.threads * row_bytes
+        """Of a block; a thread has a slot to spare (stream.cuh)."""
+        return (STAGES * self.rows + 1) * self.threads * row_bytes
 
 
-@functools.lru_cache(maxsize=4096)
-def choose_plan(
-    columns: int, T: int, row_bytes: int, moved_bytes: int, exchange_bytes: int, device: DeviceProperties
-) -> Plan:
+def choose_plan(columns: int, T: int, row_bytes: int, moved_bytes: int, device: DeviceProperties) -> Plan:
     """The plan for `columns` columns of T rows on `device`.
 
-    row_bytes: what a thread reads of one row of its column; moved_bytes: what it reads and writes; exchange_bytes: what
-    it tells the other threads of its block when several share a column.
+    row_bytes: what a thread reads of one row of its column; moved_bytes: what it reads and writes.
     """
     processors = device.multiprocessors
     if columns < 4 * processors and T > SHORT:
@@ -66,15 +62,33 @@ def choose_plan(
         panel = -(-T // panels)
         chunks = max(2, 256 * processors // columns)
         chunk = -(-max(2 * rows, -(-panel // chunks)) // rows) * rows
-        return _fitting(Plan(128, 1, rows, chunk, panel if panels > 1 else 0), row_bytes, 0, device)
+        return Plan(128, 1, rows, chunk, panel if panels > 1 else 0)
     if columns >= 96 * processors:
-        width = 64
-        return _fitting(Plan(width, 1, _rows(32, columns // processors, row_bytes)), row_bytes, 0, device)
+        return Plan(64, 1, _rows(32, columns // processors, row_bytes))
     width = next((w for w in (32, 16) if columns >= w * processors), 8)
     segments = MAX_THREADS // width
-    while segments > 1 and segments * width > 32 and (segments // 2) * 8 >= T:
+    while segments * width > 32 and segments // 2 * 8 >= T:
         segments //= 2
-    return _fitting(Plan(width, segments, 8), row_bytes, exchange_bytes, device)
+    return Plan(width, segments, 8)
+
+
+def fitted(plan: Plan, row_bytes: int, exchange_bytes: int, device: DeviceProperties) -> Plan:
+    """The plan with smaller stages, or else fewer threads, until a block has room for its rings and for the exchange.
+
+    exchange_bytes: what a thread tells the others where several share a column.
+    """
+
+    def shared_bytes(plan: Plan) -> int:
+        return plan.ring_bytes(row_bytes) + (plan.threads * exchange_bytes if plan.segments > 1 else 0)
+
+    while shared_bytes(plan) > device.shared_bytes_per_block:
+        if plan.rows > 1:
+            plan = replace(plan, rows=plan.rows // 2)
+        elif plan.segments > 1 and plan.threads > 32:
+            plan = replace(plan, segments=plan.segments // 2)
+        else:
+            plan = replace(plan, width=plan.width // 2)
+    return plan
 
 
 def _rows(most: int, threads: int, row_bytes: int) -> int:
@@ -83,12 +97,3 @@ def _rows(most: int, threads: int, row_bytes: int) -> int:
     while rows > 4 and STAGES * rows * threads * row_bytes > UNDER_WAY:
         rows //= 2
     return rows
-
-
-def _fitting(plan: Plan, row_bytes: int, exchange_bytes: int, device) -> Plan:
-    """The plan with fewer rows in a stage, until a block has room for its rings."""
-    room = device.shared_bytes_per_block - plan.threads * exchange_bytes
-    rows = plan.rows
-    while rows > 1 and STAGES * rows * plan.threads * row_bytes > room:
-        rows //= 2
-    return Plan(plan.width, plan.segments, rows, plan.chunk, plan.panel)

@@ -11,9 +11,10 @@
 // All of them add in a fixed order, so results are the same bit for bit from run to run, and no block waits for another.
 //
 // A Pass is what one thread does to one column of kWidth adjacent channels. The operator lives there and nowhere else:
-//   S, Wide            the numbers of a state, and those of a product over many rows (double: its rounding error would
-//                      not average out where the coefficient is constant, since it is the same in every chunk)
-//   attach, seek, fetch, read     its inputs through the ring of stream.cuh; a Row is what it needs of one position
+//   S, WideS           the numbers of a state, and the same in double, for states on their way across segments and chunks
+//   Wide               those of a product over many rows: double, since its rounding error would not average out where
+//                      the coefficient is constant; it is the same in every chunk
+//   attach, fetch, read           its inputs through the ring of stream.cuh; a Row is what it needs of one position
 //   advance(row, s)    s <- A s + b
 //   decay(row, p)      p <- A p
 //   emit(row, s)       advance, and writes what the pass is there for
@@ -41,6 +42,7 @@ inline void each_row(const Pass& pass, int64_t k, int n, int slot, F&& f) {
 #pragma unroll
     for (int u = 0; u < U; ++u) f(rows[u]);
   }
+#pragma unroll 1
   for (; i < n; ++i) f(pass.read(k + i, slot + i));
 }
 
@@ -63,6 +65,7 @@ template <class Pass>
 struct Exchange {
   using S = typename Pass::S;
   using Wide = typename Pass::Wide;
+  using WideS = typename Pass::WideS;
   static constexpr int V = Pass::kWidth;
 
   Wide* p;
@@ -74,14 +77,18 @@ struct Exchange {
   // Given the map of this thread's segment and the state that enters segment 0, in `carry`: the state that enters this
   // thread's segment, in `entry`, and the one that leaves the last segment, in `carry`. Two buffers take turns, so that
   // one barrier is enough: whoever writes a buffer again has passed the barrier that its readers reach after reading.
-  void operator()(const Wide* mine_p, const S* mine_q, int width, S* carry, S* entry) {
+  void operator()(const Wide* mine_p, const S* mine_q, int width, WideS* carry, S* entry) {
     const int buffer = turn * int(blockDim.x), column = int(threadIdx.x) % width;
     turn ^= 1;
-    for (int v = 0; v < V; ++v) p[(buffer + threadIdx.x) * V + v] = mine_p[v], q[(buffer + threadIdx.x) * V + v] = mine_q[v];
+    for (int v = 0; v < V; ++v) {
+      p[(buffer + threadIdx.x) * V + v] = mine_p[v];
+      q[(buffer + threadIdx.x) * V + v] = mine_q[v];
+    }
     __syncthreads();
+#pragma unroll 4
     for (int other = column; other < int(blockDim.x); other += width) {
       for (int v = 0; v < V; ++v) {
-        if (other == int(threadIdx.x)) entry[v] = carry[v];
+        if (other == int(threadIdx.x)) round_to(carry[v], entry[v]);
         carry[v] = Pass::through(p[(buffer + other) * V + v], q[(buffer + other) * V + v], carry[v]);
       }
     }
@@ -100,27 +107,29 @@ inline void scan_sequential(const Args& args) {
   pass.attach(ring, kStages * rows);
   Exchange<Pass> exchange(ring);
 
-  S carry[Pass::kWidth];
-  pass.load(args.entry, carry);
+  S s[Pass::kWidth];
+  typename Pass::WideS carry[Pass::kWidth];  // across segments; the sequence of additions from tile to tile is short
+  pass.load(args.entry, s);
+  for (int v = 0; v < Pass::kWidth; ++v) carry[v] = in_double(s[v]);
   const int64_t tile = int64_t(segments) * rows;
-  const auto emit = [&](S* s) { return [&pass, s](const typename Pass::Row& row) { pass.emit(row, s); }; };
+  const auto emit = [&](const typename Pass::Row& row) { pass.emit(row, s); };
   const auto work = [&](int64_t k, int n, int slot) {
     pass.seek_outputs(k);
-    if (segments == 1) {
-      each_row(pass, k, n, slot, emit(carry));
-    } else {
+    if (segments > 1) {
       typename Pass::Wide p[Pass::kWidth];
-      S q[Pass::kWidth], entry[Pass::kWidth];
+      S q[Pass::kWidth];
       identity<Pass>(p, q);
       compose(pass, k, n, slot, p, q);
-      exchange(p, q, width, carry, entry);
-      each_row(pass, k, n, slot, emit(entry));
+      exchange(p, q, width, carry, s);
     }
+    each_row(pass, k, n, slot, emit);
   };
   pipeline(pass, segment * rows, active ? args.T : 0, rows, tile, (args.T + tile - 1) / tile, work);
   if (active) {
     pass.finish(segment);
-    if (segment == 0) pass.store(args.exit, carry);
+    if (segments > 1)
+      for (int v = 0; v < Pass::kWidth; ++v) round_to(carry[v], s[v]);
+    if (segment == 0) pass.store(args.exit, s);
   }
 }
 
@@ -173,6 +182,7 @@ template <class Pass, class Args>
 inline void scan_carry(const Args& args) {
   using S = typename Pass::S;
   using Wide = typename Pass::Wide;
+  using WideS = typename Pass::WideS;
   const int width = int(args.width), segments = int(blockDim.x) / width;
   const int64_t columns = args.columns * args.V, column = int64_t(blockIdx.x) * width + threadIdx.x % width;
   const bool active = column < columns;
@@ -182,21 +192,24 @@ inline void scan_carry(const Args& args) {
   S* carry = static_cast<S*>(args.carry) + column;
 
   Wide p = one<Wide>();
-  S q = S{};
+  WideS q = WideS{};
 #pragma unroll 8
   for (int64_t i = begin; i < end; ++i) {
     q = Pass::through(decay[i * columns], carry[i * columns], q);
     p = mul(decay[i * columns], p);
   }
-  S last = active && args.entry ? static_cast<const S*>(args.entry)[column] : S{}, s;
-  Exchange<Pass>(static_cast<char*>(dynamic_shared()))(&p, &q, width, &last, &s);
+  WideS last = in_double(active && args.entry ? static_cast<const S*>(args.entry)[column] : S{});
+  S rounded, entry;
+  round_to(q, rounded);
+  Exchange<Pass>(static_cast<char*>(dynamic_shared()))(&p, &rounded, width, &last, &entry);
+  WideS s = in_double(entry);
 #pragma unroll 8
   for (int64_t i = begin; i < end; ++i) {
     const S chunk = carry[i * columns];
-    carry[i * columns] = s;
+    round_to(s, carry[i * columns]);
     s = Pass::through(decay[i * columns], chunk, s);
   }
-  if (active && threadIdx.x < unsigned(width)) static_cast<S*>(args.exit)[column] = last;
+  if (active && threadIdx.x < unsigned(width)) round_to(last, static_cast<S*>(args.exit)[column]);
 }
 
 }  // namespace linrnn

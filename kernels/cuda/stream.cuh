@@ -1,8 +1,7 @@
 // Rows of a tensor on their way from global memory through a ring in shared memory, and rows on their way out.
 //
 // A scan reads each row once and computes next to nothing on it, so what counts is that enough bytes are under way: a
-// thread asks for its rows kStages - 1 stages before it needs them. Slots belong to one thread, so that no barrier is
-// needed, and the slots of neighbours are neighbours, so that no banks collide.
+// thread asks for its rows kStages - 1 stages before it needs them. Slots belong to one thread: it needs no barrier.
 #pragma once
 
 #include "device.cuh"
@@ -15,46 +14,43 @@ constexpr int kStages = 4;
 template <class E, int V>
 struct alignas(sizeof(E) * V < 16 ? sizeof(E) * V : 16) Vec { E data[V]; };
 
-// One thread's column of a (B, T, D) tensor. An absent tensor (a null address) reads as zeros.
+// One thread's column of a (B, T, D) tensor, on the way in.
 template <class E, int V>
 struct Incoming {
   using Row = Vec<E, V>;
 
   const char* column;
   int64_t stride;  // in bytes, from a row to the next
-  char* slots;
+  Row* slots;
   const char* next;
 
   Incoming(const LinrnnView& view, int64_t b, int64_t d) : stride(view.stride_t * int64_t(sizeof(E))), slots(nullptr) {
-    const E* at = static_cast<const E*>(view.data);
-    column = reinterpret_cast<const char*>(at ? at + b * view.stride_b + d : at);
+    column = reinterpret_cast<const char*>(static_cast<const E*>(view.data) + b * view.stride_b + d);
     next = column;
   }
 
-  // Takes its share of the thread block's ring, `depth` slots a thread, and moves `ring` behind it. (A block is a
-  // multiple of 32 threads, so that whatever comes next is aligned.)
+  // Takes its share of the thread block's ring and moves `ring` behind it. A thread has `depth` slots in a row and one
+  // to spare: depth is even, so neighbours are an odd number of rows apart and fall into different banks.
   void attach(char*& ring, int depth) {
-    slots = ring + threadIdx.x * sizeof(Row);
-    ring += int64_t(depth) * blockDim.x * sizeof(Row);
+    slots = reinterpret_cast<Row*>(ring) + threadIdx.x * (depth + 1);
+    ring += blockDim.x * (depth + 1) * sizeof(Row);
   }
 
-  void seek(int64_t row) { next = column + row * stride; }
-
-  // Row `next` into a slot.
-  void fetch(int slot) {
-    if (column) {
-      char* to = slots + slot * int(blockDim.x * sizeof(Row));
-      if constexpr (sizeof(Row) >= 4) async_copy<sizeof(Row)>(to, next);
-      else *reinterpret_cast<Row*>(to) = *reinterpret_cast<const Row*>(next);  // 2 bytes: too small for the copy engine
-      next += stride;
+  // Asks for n rows from row k on, into the slots from `slot` on.
+  void fetch(int64_t k, int n, int slot) {
+    next = column + k * stride;
+    Row* to = slots + slot;
+#pragma unroll 8
+    for (int i = 0; i < n; ++i, next += stride) {
+      if constexpr (sizeof(Row) >= 4) async_copy<sizeof(Row)>(to, i * int(sizeof(Row)), next);
+      else to[i] = *reinterpret_cast<const Row*>(next);  // 2 bytes: too small for the copy engine
     }
   }
 
-  Row read(int slot) const {
-    return column ? *reinterpret_cast<const Row*>(slots + slot * int(blockDim.x * sizeof(Row))) : Row{};
-  }
+  const Row& read(int slot) const { return slots[slot]; }
 };
 
+// And on the way out; a null address is an output that nobody wants.
 template <class E, int V>
 struct Outgoing {
   using Row = Vec<E, V>;
@@ -64,18 +60,15 @@ struct Outgoing {
   char* next;
 
   Outgoing(const LinrnnView& view, int64_t b, int64_t d) : stride(view.stride_t * int64_t(sizeof(E))) {
-    E* at = static_cast<E*>(view.data);
-    column = reinterpret_cast<char*>(at ? at + b * view.stride_b + d : at);
+    column = view.data ? reinterpret_cast<char*>(static_cast<E*>(view.data) + b * view.stride_b + d) : nullptr;
     next = column;
   }
 
   void seek(int64_t row) { next = column + row * stride; }
 
   void put(const Row& row) {
-    if (column) {
-      *reinterpret_cast<Row*>(next) = row;
-      next += stride;
-    }
+    if (column) *reinterpret_cast<Row*>(next) = row;
+    next += stride;
   }
 };
 
@@ -88,12 +81,7 @@ inline void pipeline(Pass& pass, int64_t begin, int64_t end, int rows, int64_t s
   int64_t ahead = begin;
   int free = 0;
   const auto fetch = [&] {
-    const int n = count(ahead);
-    if (n) {
-      pass.seek(ahead);
-#pragma unroll 4
-      for (int i = 0; i < n; ++i) pass.fetch(ahead + i, free * rows + i);
-    }
+    pass.fetch(ahead, count(ahead), free * rows);
     async_commit();  // an empty group too: the wait below counts groups
     ahead += step;
     free = free + 1 == kStages ? 0 : free + 1;
