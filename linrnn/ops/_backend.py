@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "triton")
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # compiled backend -> the type of device it runs on
 
 
 class BackendUnavailable(ValueError, RuntimeError):
@@ -29,22 +30,35 @@ def choose(backend: str, x: Tensor, available: tuple[str, ...]) -> str:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend in ("reference", "torch"):
         return backend
+    device = x.device
     if backend == "auto":
-        if x.device.type != "cpu" or "cpu" not in available:
-            return "torch"
-        reason = _cpu_library_missing()
-        if reason is None:
-            return "cpu"
-        _warn_once(f"running in pure torch, several times slower: {reason}")
-        return "torch"
+        backend = next((kind for kind in available if DEVICES[kind] == device.type), "torch")
+        if backend != "torch":
+            reason = _missing(backend, device.index or 0)
+            if reason is not None:
+                _warn_once(f"running in pure torch, several times slower: {reason}")
+                return "torch"
+        return backend
     if backend not in available:
         raise BackendUnavailable(f"backend={backend!r} has no kernel for this op; use 'auto', or one of {available}")
-    if x.device.type != "cpu":
-        raise BackendUnavailable(f"backend='cpu' runs on CPU tensors, got tensors on {x.device}; use backend='auto'")
-    reason = _cpu_library_missing()
+    if device.type != DEVICES[backend]:
+        needed = DEVICES[backend].upper()
+        raise BackendUnavailable(
+            f"backend={backend!r} runs on {needed} tensors, got tensors on {device}; use backend='auto'"
+        )
+    reason = _missing(backend, device.index or 0)
     if reason is not None:
-        raise BackendUnavailable(f"backend='cpu' cannot run here: {reason}")
-    return "cpu"
+        raise BackendUnavailable(f"backend={backend!r} cannot run here: {reason}")
+    return backend
+
+
+def _missing(backend: str, device_index: int) -> str | None:
+    """Why a compiled backend cannot run on this machine, with the cure; None if it can."""
+    if backend == "cpu":
+        return _cpu_library_missing()
+    from linrnn.kernels import cuda
+
+    return cuda.unavailable(device_index)
 
 
 @functools.cache

@@ -8,7 +8,9 @@ Function that defines jvp.
 `flags` (B, T) uint8 holds reset (bit 0) and padding (bit 1). dtypes are already those of the contract here.
 """
 
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +19,14 @@ from torch import Tensor
 from linrnn.kernels import coefficient_dtype, state_dtype
 from linrnn.ops._backend import choose, unwatched
 from linrnn.ops._chunked_scan import chunked_scan, effective, flip_time, split_flags
+
+KERNELS = ("cpu", "cuda")
+
+
+@cache
+def _launcher(backend: str) -> ModuleType:
+    """The module with the compiled `forward` and `backward`."""
+    return import_module(f"linrnn.kernels.{backend}.diagonal_scan")
 
 
 @torch.library.custom_op("linrnn::diagonal_scan", mutates_args=())
@@ -59,9 +69,9 @@ def scan_backward(
     a, h, initial_state, flags, grad_h, grad_final_state, reverse, needs_grad_a, backend
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a (of no elements unless it is needed), x and the initial state, without autograd."""
-    if choose(backend, h, ("cpu",)) == "cpu":
-        from linrnn.kernels.cpu.diagonal_scan import backward
-
+    chosen = choose(backend, h, KERNELS)
+    if chosen in KERNELS:
+        backward = _launcher(chosen).backward
         grad_x, grad_a, grad_s = backward(a, h, initial_state, flags, grad_h, grad_final_state, reverse, needs_grad_a)
         return a.new_empty(0) if grad_a is None else grad_a, grad_x, grad_s
     scan = partial(chunked_scan, zeros=flags is not None)
@@ -71,10 +81,9 @@ def scan_backward(
 
 def scan_forward(a, x, initial_state, flags, reverse, backend) -> tuple[Tensor, Tensor]:
     """The scan without autograd, on the backend chosen."""
-    if choose(backend, x, ("cpu",)) == "cpu":
-        from linrnn.kernels.cpu.diagonal_scan import forward
-
-        return forward(a, x, initial_state, flags, reverse)
+    chosen = choose(backend, x, KERNELS)
+    if chosen in KERNELS:
+        return _launcher(chosen).forward(a, x, initial_state, flags, reverse)
     return chunked_scan(a, x, initial_state, flags, reverse)
 
 

@@ -48,7 +48,7 @@ def diagonal_scan(
         mask: (B, T) bool, True on real tokens. A padded token leaves the state unchanged, h_t = h_{t-1}, and what x
             and a hold there is ignored.
         reverse: scans from T-1 down to 0; the final state is then the one after token 0.
-        backend: "auto" takes the fastest that can run; "reference", "torch" or "cpu" force one.
+        backend: "auto" takes the fastest that can run; "reference", "torch", "cpu" or "cuda" force one.
 
     Returns:
         h, (B, T, D), and the final state, (B, D). h has x's dtype for half-precision real inputs and otherwise the
@@ -82,9 +82,9 @@ def diagonal_scan(
         from linrnn.ops._scan_autograd import scan_forward
 
         return scan_forward(a, x, initial_state, _flags(reset, mask), reverse, backend)
-    from linrnn.ops._scan_autograd import apply
+    from linrnn.ops._scan_autograd import KERNELS, apply
 
-    choose(backend, x, ("cpu",))
+    choose(backend, x, KERNELS)
     return apply(a, x, initial_state, _flags(reset, mask), reverse, backend)
 
 
