@@ -102,11 +102,13 @@ template <class R>
 inline cplx<R> add(cplx<R> u, cplx<R> v) { return {u.re + v.re, u.im + v.im}; }
 
 template <class M>
-struct Unit { static constexpr M one() { return 1; } };
+struct Real { static constexpr M of(float v) { return v; } };
 template <class R>
-struct Unit<cplx<R>> { static constexpr cplx<R> one() { return {1, 0}; } };
+struct Real<cplx<R>> { static constexpr cplx<R> of(float v) { return {v, 0}; } };
 template <class M>
-constexpr M one() { return Unit<M>::one(); }
+constexpr M one() { return Real<M>::of(1); }
+template <class M>
+inline M invalid() { return Real<M>::of(float_of_bits(0x7fc00000u)); }
 
 inline float conj(float a) { return a; }
 inline double conj(double a) { return a; }

@@ -1,14 +1,25 @@
 """The recurrences, as functions: `(inputs, initial_state) -> (output, final_state)`."""
 
 from linrnn.ops._backend import BackendUnavailable, FallbackWarning
+from linrnn.ops.causal_conv1d import causal_conv1d
+from linrnn.ops.delta_rule import delta_rule
 from linrnn.ops.diagonal_scan import diagonal_scan, reset_from_cu_seqlens
+from linrnn.ops.diagonal_step import diagonal_step
 from linrnn.ops.linear_attention import NormalizedState, linear_attention
+from linrnn.ops.rwkv7 import rwkv7
+from linrnn.ops.wkv import WKVState, wkv
 
 __all__ = [
     "BackendUnavailable",
     "FallbackWarning",
     "NormalizedState",
+    "WKVState",
+    "causal_conv1d",
+    "delta_rule",
     "diagonal_scan",
+    "diagonal_step",
     "linear_attention",
     "reset_from_cu_seqlens",
+    "rwkv7",
+    "wkv",
 ]

@@ -63,7 +63,7 @@ def diagonal_scan(
         h = torch.addcmul(x, a, initial_state.unsqueeze(1))
         return h, h.select(1, 0).clone()  # not a view: what is done to h in place must not reach the state
     B, D = _check(a, x, initial_state, reset, mask)
-    a, x, wide_dtype = _promote(a, x)
+    a, x, wide_dtype = promote(a, x)
     if initial_state is not None and initial_state.dtype != wide_dtype:
         if initial_state.is_complex() and not wide_dtype.is_complex:
             raise ValueError(f"initial_state is {initial_state.dtype}, but a and x are real, so the state is real too")
@@ -131,7 +131,7 @@ def _check(a, x, initial_state, reset, mask) -> tuple[int, int]:
     return B, D
 
 
-def _promote(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+def promote(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
     """a and x in a pair of dtypes that the kernels have, and the dtype of the state.
 
     The pairs: equal dtypes; a real float32 (float64) beside a complex64 (complex128) x; float32 beside half x.
