@@ -62,8 +62,9 @@ def unavailable(device_index: int) -> str | None:
     try:
         capability = properties(device_index).capability
         if capability < compiler.OLDEST:
-            shown, needed = (".".join(map(str, pair)) for pair in (capability, compiler.OLDEST))
-            return f"{properties(device_index).name} has compute capability {shown} and the CUDA kernels need {needed}"
+            shown, needed = ("{}.{}".format(*pair) for pair in (capability, compiler.OLDEST))
+            name = properties(device_index).name
+            return f"{name} has compute capability {shown} and the CUDA kernels need {needed} or newer"
         program(*PROBE, device_index).kernel("probe")
     except (KernelUnavailable, CudaError) as error:
         return str(error)

@@ -193,16 +193,16 @@ class Kernel:
         if self._argument_bytes not in (len(packed), None):
             raise ValueError(f"{self.name} takes a struct of {self._argument_bytes} bytes, got {len(packed)}")
         # The kernel's parameters are an array of pointers: here of one, which c_char_p holds, to the bytes themselves.
-        arguments = (self._function, grid, 1, 1, block, 1, 1, shared_bytes, stream, byref(c_char_p(packed)), None)
+        parameters = byref(c_char_p(packed))
         if torch._C._cuda_getDevice() == self.device_index:
-            code = self._launch(*arguments)
+            code = self._launch(self._function, grid, 1, 1, block, 1, 1, shared_bytes, stream, parameters, None)
             if code == 0:
                 return
             if code not in _WRONG_CONTEXT or _is_current(self.device_index):
                 raise CudaError(self._described(grid, block, shared_bytes), code)
         # Another device is current, or none yet: an autograd thread may meet CUDA here for the first time.
         with _current(self.device_index):
-            code = self._launch(*arguments)
+            code = self._launch(self._function, grid, 1, 1, block, 1, 1, shared_bytes, stream, parameters, None)
         if code:
             raise CudaError(self._described(grid, block, shared_bytes), code)
 
