@@ -39,7 +39,7 @@ def run(backend: str, a: Tensor, x: Tensor, state: Tensor | None, options: dict)
     h, final_state = h + nothing.to(h.dtype), final_state + nothing.to(final_state.dtype)
     generator = torch.Generator().manual_seed(1)
     wide = torch.complex128 if h.is_complex() else torch.float64
-    cotangents = [torch.randn(v.shape, dtype=wide, generator=generator).to(v.dtype) for v in (h, final_state)]
+    cotangents = [torch.randn(v.shape, dtype=wide, generator=generator).to(v) for v in (h, final_state)]
     grads = torch.autograd.grad((h, final_state), inputs, cotangents, materialize_grads=True)
     return [h.detach(), final_state.detach(), *grads]
 
