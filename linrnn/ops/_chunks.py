@@ -207,12 +207,23 @@ def carry(total: Tensor | None, update: Tensor, state: Tensor | None) -> tuple[T
     return torch.cat((first_state, states[:-1])), last.view(B, H, K, V)
 
 
-def matrix_carry(P: Tensor, Q: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """S <- P S + Q, chunk by chunk, P (n, B, H, K, K), Q (n, B, H, K, V): as `carry`, but one step after another."""
+def matrix_carry(total: Tensor | None, P: Tensor, Q: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """S <- (total + P) S + Q, chunk by chunk: the states before each, (n, B, H, K, V), and the last, (B, H, K, V).
+
+    P: (n, B, H, K, K). Q: (n, B, H, K, V). total: None for 1, or (n, B, H, 1 or K). One step after another.
+    """
     B, H, K, V = Q.shape[1:]
+    eye = torch.eye(K, dtype=Q.dtype, device=Q.device)
+    P = P + (eye if total is None else eye * total[..., None])
     S = Q.new_zeros(B * H, K, V) if state is None else state.reshape(B * H, K, V)
     before = []
     for P_c, Q_c in zip(P.flatten(1, 2).unbind(), Q.flatten(1, 2).unbind(), strict=True):
         before.append(S)
         S = torch.baddbmm(Q_c, P_c, S)
     return torch.stack(before).unflatten(1, (B, H)), S.unflatten(0, (B, H))
+
+
+def step_decays(log_decay: Tensor, t: int) -> Tensor:
+    """The decays of token t, to multiply states (B, H, K, V); log_decay (H,), (B, T, H) or (B, T, H, K)."""
+    a = (log_decay if log_decay.ndim == 1 else log_decay[:, t]).exp()
+    return a[..., None] if log_decay.ndim == 4 else a[..., None, None]

@@ -1,6 +1,7 @@
 """Checks and conversions that the ops with heads share: shapes, dtypes, ranges, resets and padding."""
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,12 +19,12 @@ def check_mode(mode: str, chunk_size: int) -> None:
         raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}")
 
 
-def check_shape(name: str, v: Tensor, letters: str, sizes: dict[str, int]) -> None:
+def check_shape(name: str, v: object, letters: Sequence[str], sizes: dict[str, int], real: bool = False) -> None:
     """Checks that `v` is a floating point tensor of shape `letters`; a letter not yet in `sizes` is entered there."""
     if not isinstance(v, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(v).__name__}")
-    if not (v.is_floating_point() or v.is_complex()):
-        raise ValueError(f"{name} must be floating point or complex, got {v.dtype}")
+    if not (v.is_floating_point() or (v.is_complex() and not real)):
+        raise ValueError(f"{name} must be floating point{'' if real else ' or complex'}, got {v.dtype}")
     shape = tuple(v.shape)
     if len(shape) == len(letters):
         for letter, size in zip(letters, shape, strict=True):
@@ -33,15 +34,22 @@ def check_shape(name: str, v: Tensor, letters: str, sizes: dict[str, int]) -> No
         raise ValueError(f"{name} must be ({', '.join(letters)}) = {wanted}, got shape {shape}")
 
 
-def check_one_of(name: str, v: Tensor, choices: tuple[str, ...], sizes: dict[str, int]) -> None:
-    """The same where several shapes are allowed; a number of dimensions picks one."""
-    for letters in choices:
-        if isinstance(v, Tensor) and v.ndim == len(letters):
-            return check_shape(name, v, letters, sizes)
-    if isinstance(v, Tensor):
-        allowed = " or ".join(f"({', '.join(letters)})" for letters in choices)
+def check_log_decay(
+    v: Tensor | None,
+    shapes: tuple[str, ...],
+    sizes: dict[str, int],
+    device: torch.device,
+    real: bool = False,
+    name: str = "log_decay",
+) -> None:
+    """Log decays have one of `shapes` (the number of dimensions picks which) and are at most 0."""
+    fitting = [letters for letters in shapes if isinstance(v, Tensor) and v.ndim == len(letters)]
+    if isinstance(v, Tensor) and not fitting:
+        allowed = " or ".join(f"({', '.join(letters)})" for letters in shapes)
         raise ValueError(f"{name} must be {allowed}, got shape {tuple(v.shape)}")
-    return check_shape(name, v, choices[0], sizes)
+    check_shape(name, v, (fitting or shapes)[0], sizes, real)
+    check_device(name, v, device)
+    check_range(name, v, -torch.inf, 0.0, "at most 0 (a decay of at most 1)")
 
 
 def check_flags(reset: Tensor | None, mask: Tensor | None, B: int, T: int, device: torch.device) -> None:
@@ -98,9 +106,7 @@ def widen(name: str, state: Tensor, wide: torch.dtype) -> Tensor:
     return state if state.dtype == wide else state.to(wide)
 
 
-def matrix_state(
-    state: Tensor | None, sizes: dict[str, int], wide: torch.dtype, device: torch.device
-) -> Tensor | None:
+def matrix_state(state: Tensor | None, sizes: dict[str, int], wide: torch.dtype, device: torch.device) -> Tensor | None:
     """An initial state (B, H, K, V), checked and in the dtype of states."""
     if state is None:
         return None

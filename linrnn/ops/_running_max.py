@@ -1,10 +1,11 @@
-"""The running maximum of exponents under a decay: the scale in which sums of exponentials neither overflow nor vanish."""
+"""The running maximum of exponents under a decay: units in which sums of exponentials neither overflow nor vanish."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from linrnn.ops._backend import unwatched
 from linrnn.ops._inputs import expand_flags
 
 MAX_CHUNK = 64
@@ -81,11 +82,19 @@ def _scan(x: Tensor, w: Tensor | None, s: Tensor) -> Tensor:
     return torch.cat(out, 1) if out else x
 
 
-def final_max(exponent: Tensor, log_decay: Tensor | None, initial: Tensor) -> Tensor:
-    """m after the last token, (B, ...), with its gradient: that of the one exponent that is the maximum."""
+def units(exponent: Tensor, log_decay: Tensor | None, initial: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """The units of the final state, (B, ...), with their gradient, and a factor of 1 that gives it to the state.
+
+    To autograd the units m are constants, which is right for all that does not depend on them. The final state does:
+    in units of `last` instead of m_T its derivatives are those of the recurrence.
+    """
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and unwatched((exponent, initial)):
+        return m[:, -1].clone(), torch.ones_like(initial)
     if log_decay is None:
-        return torch.maximum(initial, exponent.amax(1))
-    w = log_decay.expand(exponent.shape)
-    later = w.flip(1).cumsum(1).flip(1)  # tokens t to T-1
-    after = torch.cat((later[:, 1:], torch.zeros_like(later[:, :1])), 1)
-    return torch.maximum(initial + later[:, 0], (exponent + after).amax(1))
+        last = torch.maximum(initial, exponent.amax(1))
+    else:
+        w = log_decay.expand(exponent.shape)
+        later = w.flip(1).cumsum(1).flip(1)  # tokens t to T-1
+        after = torch.cat((later[:, 1:], torch.zeros_like(later[:, :1])), 1)
+        last = torch.maximum(initial + later[:, 0], (exponent + after).amax(1))
+    return last, (m[:, -1] - last).exp()

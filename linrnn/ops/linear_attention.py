@@ -15,9 +15,10 @@ from linrnn.ops._chunks import (
     from_chunks,
     plus_product,
     scaled,
+    step_decays,
     to_chunks,
 )
-from linrnn.ops._running_max import final_max, mark_flags, nothing, running_max
+from linrnn.ops._running_max import mark_flags, nothing, running_max, units
 
 
 class NormalizedState(NamedTuple):
@@ -36,11 +37,9 @@ def linear_attention_reference(q, k, v, log_decay, state, reset, mask):
     """The recurrence as written, token by token: the oracle of the tests. Scaled q, widened inputs, a zero state."""
     S, outs = state, []
     for t in range(q.shape[1]):
-        a_t = 1.0 if log_decay is None else (log_decay if log_decay.ndim == 1 else log_decay[:, t]).exp()
-        if log_decay is not None:  # (H,), (B, H) or (B, H, K), to multiply (B, H, K, V)
-            a_t = a_t[..., None] if log_decay.ndim == 4 else a_t[..., None, None]
         S = S if reset is None else torch.where(reset[:, t, None, None, None], 0, S)
-        new = a_t * S + k[:, t, :, :, None] * v[:, t, :, None, :]
+        new = S if log_decay is None else step_decays(log_decay, t) * S
+        new = new + k[:, t, :, :, None] * v[:, t, :, None, :]
         S = new if mask is None else torch.where(mask[:, t, None, None, None], new, S)
         outs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S))
     return torch.stack(outs, 1), S
@@ -151,8 +150,8 @@ def _exponentiate(q: Tensor, k: Tensor, log_decay: Tensor | None, m0: Tensor):
     m, change = running_max(k, log_decay, m0)
     level = q + m
     q = (level - level.detach().amax(-1, keepdim=True)).exp()
-    last = final_max(k, log_decay, m0)
-    return q, (k - m).exp(), change, last, (m[:, -1] - last).exp()[..., None]
+    last, unit = units(k, log_decay, m0, m)
+    return q, (k - m).exp(), change, last, unit[..., None]
 
 
 def _run(q, k, v, log_decay, state, reset, mask, mode, chunk_size) -> tuple[Tensor, Tensor]:
@@ -169,17 +168,13 @@ def _run(q, k, v, log_decay, state, reset, mask, mode, chunk_size) -> tuple[Tens
 
 
 def _recurrent(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, S: Tensor | None) -> tuple[Tensor, Tensor]:
-    a = None
-    if log_decay is not None:
-        a = log_decay.exp()
-        a = a[..., None] if log_decay.ndim == 4 else a[..., None, None]  # (B, T, H, 1 or K, 1) or (H, 1, 1)
     outs = []
     for t in range(q.shape[1]):
         key, value = k[:, t, :, :, None], v[:, t, :, None, :]
         if S is None:
             S = key * value
         else:
-            decayed = S if a is None else S * (a if a.ndim == 3 else a[:, t])
+            decayed = S if log_decay is None else S * step_decays(log_decay, t)
             S = torch.addcmul(decayed, key, value)
         outs.append((q[:, t, :, None, :] @ S).squeeze(-2))
     assert S is not None
@@ -191,9 +186,12 @@ def _chunked(q, k, v, log_decay, state, C: int) -> tuple[Tensor, Tensor]:
     B, T, H = q.shape[:3]
     if log_decay is not None and log_decay.ndim == 1 and T % C:  # the padding of the last chunk must not decay
         whole = T - T % C
-        head, tail = ([x[:, :whole] for x in (q, k, v)], [x[:, whole:] for x in (q, k, v)])
-        o, state = _chunked(*head, log_decay, state, C) if whole else (v[:, :0], state)
-        rest, state = _chunked(*tail, log_decay.expand(B, T - whole, H), state, chunk_length(T - whole, C))
+        o, state = (
+            _chunked(q[:, :whole], k[:, :whole], v[:, :whole], log_decay, state, C) if whole else (v[:, :0], state)
+        )
+        log_decay = log_decay.expand(B, T - whole, H)
+        q, k, v, C = q[:, whole:], k[:, whole:], v[:, whole:], chunk_length(T - whole, C)
+        rest, state = _chunked(q, k, v, log_decay, state, C)
         return torch.cat((o, rest), 1), state
     q, k, v = (to_chunks(x, C) for x in (q, k, v))  # (n, B, H, C, ...)
     if log_decay is not None:
@@ -213,9 +211,7 @@ def _check(q, k, v, log_decay, reset, mask) -> dict[str, int]:
         _inputs.check_shape(name, x, letters, sizes)
         _inputs.check_device(name, x, q.device)
     if log_decay is not None:
-        _inputs.check_one_of("log_decay", log_decay, ("H", "BTH", "BTHK"), sizes)
-        _inputs.check_device("log_decay", log_decay, q.device)
-        _inputs.check_range("log_decay", log_decay, -torch.inf, 0.0, "at most 0 (a decay of at most 1)")
+        _inputs.check_log_decay(log_decay, ("H", "BTH", "BTHK"), sizes, q.device)
     _inputs.check_flags(reset, mask, sizes["B"], sizes["T"], q.device)
     return sizes
 
