@@ -23,7 +23,7 @@ EXPORT char stub_failing[64];
 EXPORT int stub_code, stub_version = 13000, stub_capability[2] = {9, 0}, stub_parameter_bytes = 16;
 
 /* Read by the tests. */
-EXPORT int stub_loads, stub_retained, stub_dynamic_shared, stub_launches;
+EXPORT int stub_loads, stub_retained, stub_dynamic_shared, stub_attempts, stub_launches;
 EXPORT unsigned stub_shape[7];
 EXPORT char stub_image[64], stub_packed[64];
 EXPORT void *stub_stream;
@@ -31,7 +31,7 @@ EXPORT int stub_launch_device;
 
 EXPORT void stub_reset(void) {
   depth = mode = 0;
-  module_count = function_count = stub_loads = stub_retained = stub_dynamic_shared = stub_launches = 0;
+  module_count = function_count = stub_loads = stub_retained = stub_dynamic_shared = stub_attempts = stub_launches = 0;
   stub_failing[0] = stub_code = 0;
   stub_version = 13000;
   stub_capability[0] = 9, stub_capability[1] = 0;
@@ -133,6 +133,7 @@ EXPORT int cuFuncGetParamInfo(Handle *function, size_t index, size_t *offset, si
 EXPORT int cuLaunchKernel(Handle *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                           unsigned block_y, unsigned block_z, unsigned shared, void *stream, void **parameters,
                           void **extra) {
+  stub_attempts++;
   CHECK();
   if (!current()) return 201;
   if (current()->device != function->device) return 400;

@@ -129,7 +129,7 @@ def test_a_launch_on_another_device_than_the_current_one(device):
     assert device.launch_device == 1 and device.library.stub_depth() == 1
     device.choose(1)
     there.launch(4, 32, 0, 0, PACKED)
-    assert device.launch_device == 1 and device.launches == 2
+    assert device.launch_device == 1 and device.launches == device.attempts == 2  # never tried in the wrong context
 
 
 def test_a_thread_that_never_touched_cuda_can_launch(device):
@@ -153,14 +153,17 @@ def test_a_foreign_context_is_replaced_for_the_launch(device):
     kernel = Program("one.cu", b"image", 0).kernel("scan")
     device.library.stub_set_device(1)
     kernel.launch(4, 32, 0, 0, PACKED)
-    assert device.launch_device == 0
-    device.fail("cuLaunchKernel", 400)
-    with pytest.raises(CudaError):  # tried once more, not for ever
+    assert device.launch_device == 0 and device.library.stub_depth() == 1
+
+
+@pytest.mark.parametrize(("foreign", "code", "attempts"), ((True, 400, 2), (True, 700, 1), (False, 400, 1)))
+def test_only_a_wrong_context_is_worth_a_second_attempt(device, foreign, code, attempts):
+    kernel = Program("one.cu", b"image", 0).kernel("scan")
+    device.library.stub_set_device(int(foreign))
+    device.fail("cuLaunchKernel", code)
+    with pytest.raises(CudaError) as caught:
         kernel.launch(4, 32, 0, 0, PACKED)
-    device.choose(0)
-    with pytest.raises(CudaError):
-        kernel.launch(4, 32, 0, 0, PACKED)
-    assert device.library.stub_depth() == 1
+    assert caught.value.code == code and device.attempts == attempts and device.library.stub_depth() == 1
 
 
 @pytest.mark.parametrize("current", (0, 1))
