@@ -11,12 +11,14 @@ import torch
 from linrnn.kernels import KernelUnavailable
 from linrnn.kernels.cuda import PROBE, cache, compiler, properties, unavailable
 
-_MODULES = ("diagonal_scan",)  # each lists the programs it launches as PROGRAMS
-
 
 def programs() -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Every program that the library uses: source and definitions."""
-    modules = (importlib.import_module(f"linrnn.kernels.cuda.{name}") for name in _MODULES)
+    """Every program that the library uses: source and definitions.
+
+    Beside each source is the launcher of the same name, whose PROGRAMS lists them.
+    """
+    launchers = sorted(path.stem for path in compiler.FOLDER.glob("*.cu") if path.name != PROBE[0])
+    modules = (importlib.import_module(f"linrnn.kernels.cuda.{name}") for name in launchers)
     return (PROBE, *(program for module in modules for program in module.PROGRAMS))
 
 
