@@ -35,21 +35,25 @@ SHIM = Path(__file__).parent / "host_shim"
 SOURCES = next(Path(folder, "cuda") for folder in linrnn.kernels.__path__ if Path(folder, "cuda").is_dir())
 
 _OPTIONS = ("-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
-# the flags of the kernels, of the shim's own sources and of the linker, and those sources
+# the flags of the kernels, those of the shim's own sources, and these sources
 _BUILDS = {
-    "fibers": ((), (), (), ("runtime.cpp",)),
-    # instrumented as for ThreadSanitizer, but linked to races.cpp in its place
-    "races": (("-fsanitize=thread",), ("-DSHIM_RACES",), (), ("runtime.cpp", "races.cpp")),
-    "address": (*((("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),) * 3), ("runtime.cpp",)),
-    "threads": (
-        ("-fsanitize=thread",),
-        ("-fsanitize=thread", "-DSHIM_THREADS"),
-        ("-fsanitize=thread",),
-        ("runtime.cpp",),
-    ),
+    "fibers": ((), (), ("runtime.cpp",)),
+    # instrumented as for ThreadSanitizer, whose part races.cpp then plays
+    "races": (("-fsanitize=thread",), ("-DSHIM_RACES",), ("runtime.cpp", "races.cpp")),
+    "address": (*((("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),) * 2), ("runtime.cpp",)),
+    "threads": (("-fsanitize=thread",), ("-fsanitize=thread", "-DSHIM_THREADS"), ("runtime.cpp",)),
 }
 _KERNEL = re.compile(r'extern "C" __attribute__\(\(noipa\)\) void\s+(\w+)\s*\(')
 
+_EXPORT = """
+extern "C" __attribute__((visibility("default"))) const char* launch_{name}(
+    unsigned grid, unsigned block, unsigned shared_bytes, const void* args, size_t bytes, unsigned seed,
+    unsigned os_threads) {{
+  const shim::Entry entry = [](const void* packed) {{ shim::call({name}, packed); }};
+  return shim::launch("{name}", entry, args, bytes, shim::args_bytes({name}), grid, block, shared_bytes, seed,
+                      os_threads);
+}}
+"""
 
 # A small machine, so that small shapes take every path.
 SMALL = DeviceProperties("host shim", (9, 0), 4, 1 << 20, 48 << 10, (13, 0))
@@ -161,27 +165,24 @@ def _build(text: str, stem: str, mode: str, folder: Path) -> tuple[Path, list[st
     names = _KERNEL.findall(text)
     if not names:
         raise RuntimeError(f"no kernel declared by LINRNN_KERNEL in {stem}")
-    kernel_flags, _, linker_flags, _ = _BUILDS[mode]
+    kernel_flags, *_ = _BUILDS[mode]
     library = folder / f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}-{mode}.so"
     if not library.exists():
-        exports = _run("-E", "-x", "c++", "-", stdin=_exports(names))
-        objects = [library.with_suffix(".o"), *_runtime(mode, folder)]
-        _run("-c", "-x", "c++-cpp-output", *_OPTIONS, *kernel_flags, "-", "-o", str(objects[0]), stdin=text + exports)
-        _run("-shared", *linker_flags, *map(str, objects), "-o", str(library))
+        text += "".join(_EXPORT.format(name=name) for name in names)
+        flags = (*_OPTIONS, "-shared", *kernel_flags, "-x", "c++-cpp-output")
+        objects = map(str, _runtime(mode, folder))
+        if mode == "races":  # linked without the compiler's own runtime
+            _run("-c", *flags, "-", "-o", f"{library}.o", stdin=text)
+            _run(*_OPTIONS, "-shared", f"{library}.o", *objects, "-o", str(library))
+        else:
+            _run(*flags, "-", "-x", "none", *objects, "-o", str(library), stdin=text)
     return library, names
-
-
-def _exports(names: list[str]) -> str:
-    """The definitions of launch_<name>, from the macro of shim.h; the rest of that header is in the text already."""
-    header = (SHIM / "shim.h").read_text()
-    macro = header[header.index("#define SHIM_EXPORT") :]
-    return macro + "".join(f"\nSHIM_EXPORT({name})" for name in names) + "\n"
 
 
 @functools.cache
 def _runtime(mode: str, folder: Path) -> list[Path]:
     """The shim's own sources, compiled once."""
-    _, flags, _, names = _BUILDS[mode]
+    _, flags, names = _BUILDS[mode]
     objects = [folder / f"{Path(name).stem}-{mode}.o" for name in names]
     for name, to in zip(names, objects, strict=True):
         _run("-c", *_OPTIONS, *flags, str(SHIM / name), "-o", str(to))

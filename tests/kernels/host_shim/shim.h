@@ -55,13 +55,3 @@ void call(void (*kernel)(Args), const void* args) {
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 #define __syncthreads() shim::barrier(__FILE__, __LINE__)
-
-// One per kernel; host.py appends them to the source.
-#define SHIM_EXPORT(kernel)                                                                                         \
-  extern "C" __attribute__((visibility("default"))) const char* launch_##kernel(                                    \
-      unsigned grid, unsigned block, unsigned shared_bytes, const void* args, size_t bytes, unsigned seed,          \
-      unsigned os_threads) {                                                                                        \
-    return shim::launch(                                                                                            \
-        #kernel, [](const void* packed) { shim::call(kernel, packed); }, args, bytes, shim::args_bytes(kernel),     \
-        grid, block, shared_bytes, seed, os_threads);                                                               \
-  }
