@@ -1,0 +1,86 @@
+"""What layers with heads and matrix states share: how many heads, the normalisation of what they read, white weights."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linrnn.layers.base import accumulation_dtype, positive_int
+
+
+def count_heads(d_model: int, n_heads: int | None, width: int | None = None) -> int:
+    """Returns the number of heads, checked.
+
+    If None, d_model is divided into at least 4 heads, as wide as a multiple of 4 up to 64 can be.
+
+    Args:
+        d_model: width of the layer.
+        n_heads: the user's choice, or None.
+        width: what the heads divide; d_model if None.
+
+    Raises:
+        ValueError: n_heads does not divide the width, or d_model has no default.
+    """
+    d_model = positive_int("d_model", d_model)
+    width = d_model if width is None else width
+    if n_heads is None:
+        fitting = [size for size in range(4, 65, 4) if d_model % size == 0 and d_model >= 4 * size]
+        if not fitting:
+            raise ValueError(f"n_heads: no head width of 4 to 64 divides d_model = {d_model} in 4; give n_heads")
+        n_heads = d_model // fitting[-1]
+    if width % positive_int("n_heads", n_heads):
+        raise ValueError(f"n_heads: expected a divisor of {width}, got {n_heads}")
+    return n_heads
+
+
+def split_heads(x: Tensor, n_heads: int) -> Tensor:
+    """(B, T, D) to (B, T, H, D / H)."""
+    return x.unflatten(-1, (n_heads, x.shape[-1] // n_heads))
+
+
+def merge_heads(o: Tensor) -> Tensor:
+    """(B, T, H, V) to (B, T, H V)."""
+    return o.flatten(-2)
+
+
+class HeadNorm(nn.Module):
+    """Normalises every head of o (..., H, V) by itself: RMSNorm, or with `center` the GroupNorm of one head a group.
+
+    Args:
+        shape: of the gain: (V,), one for all heads, or (H, V).
+        center: subtracts the mean first, and has a bias.
+        affine: whether there is a gain (and a bias) at all.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, *shape: int, center: bool = False, affine: bool = True, eps: float = 1e-5):
+        super().__init__()
+        self.center, self.eps = center, eps
+        self.weight = nn.Parameter(torch.empty(shape)) if affine else None
+        self.bias = nn.Parameter(torch.empty(shape)) if affine and center else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A gain of one and no bias."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, o: Tensor) -> Tensor:
+        """Maps o (..., H, V) to the same shape and dtype; the statistics are at least float32."""
+        dtype = accumulation_dtype(o.dtype)
+        norm = F.layer_norm if self.center else F.rms_norm
+        wide = norm(o.to(dtype), o.shape[-1:], eps=self.eps)
+        if self.weight is not None:
+            wide = wide * self.weight
+        if self.bias is not None:
+            wide = wide + self.bias
+        return wide.to(o.dtype)
+
+
+def white_(*linears: nn.Linear) -> None:
+    """Draws weights (out, in) of variance 1 / in, in place: white x gives white W x. Biases become zero."""
+    for linear in linears:
+        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)

@@ -1,0 +1,92 @@
+"""The short causal convolution in front of a recurrence, as a module with a state.
+
+The state of linear attention learns to map k to v. Both come from the same token, so that without a convolution it
+learns to predict a token from itself; with one on k, k_{t-1}, k_t -> v_t is an n-gram (kexue.fm 11320).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linrnn.layers.base import StateSpec, accumulation_dtype, positive_int
+from linrnn.ops import causal_conv1d
+
+STREAMS = ("none", "k", "qkv")
+
+
+class ShortConv(nn.Module):
+    """y_t = act(bias + sum_j weight[:, W-1-j] * x_{t-j}), j < W: a filter of width W for each channel.
+
+    Its state are the last W - 1 inputs, (B, W-1, D), at least float32.
+
+    Args:
+        channels: number D of channels.
+        width: length W of the filters.
+        bias: whether there is one.
+        activation: "silu" or None.
+    """
+
+    def __init__(self, channels: int, *, width: int = 4, bias: bool = False, activation: str | None = "silu"):
+        super().__init__()
+        self.channels, self.width = positive_int("channels", channels), positive_int("conv_width", width)
+        self.activation = activation
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in ±W^-0.5, as torch.nn.Conv1d with a group for each channel."""
+        bound = self.width**-0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def state_spec(self) -> StateSpec:
+        return {"conv": ((self.width - 1, self.channels), accumulation_dtype(self.weight.dtype))}
+
+    def forward(
+        self, x: Tensor, state: Tensor | None, *, reset: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Maps x (B, T, D) and a state (None is zero) to y (B, T, D) and the next state."""
+        return causal_conv1d(x, self.weight, self.bias, state, activation=self.activation, reset=reset, mask=mask)
+
+
+class QKVConv(nn.Module):
+    """Convolves none, the keys, or all of q, k and v; the activation comes after, for all three streams alike.
+
+    Args:
+        streams: "none", "k" or "qkv".
+        sizes: channels of q, k and v.
+        width: length W of the filters.
+        activation: "silu" or None.
+    """
+
+    def __init__(self, streams: str, sizes: tuple[int, int, int], *, width: int = 4, activation: str | None = "silu"):
+        super().__init__()
+        if streams not in STREAMS:
+            raise ValueError(f"conv: expected one of {', '.join(map(repr, STREAMS))}, got {streams!r}")
+        self.streams, self.sizes, self.activation = streams, sizes, activation
+        channels = {"k": sizes[1], "qkv": sum(sizes)}
+        self.conv = None if streams == "none" else ShortConv(channels[streams], width=width, activation=activation)
+
+    def reset_parameters(self) -> None:
+        """Draws new filters."""
+        if self.conv is not None:
+            self.conv.reset_parameters()
+
+    def state_spec(self) -> StateSpec:
+        """Returns the field `conv`, or none if nothing is convolved."""
+        return {} if self.conv is None else self.conv.state_spec()
+
+    def forward(
+        self, qkv: Tensor, state: Tensor | None, *, reset: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+        """Maps q, k and v side by side, (B, T, sum of sizes), and a state to (q, k, v) and the next state."""
+        if self.conv is not None and self.streams == "qkv":
+            qkv, state = self.conv(qkv, state, reset=reset, mask=mask)
+        elif self.activation is not None and self.conv is None:
+            qkv = F.silu(qkv)
+        q, k, v = qkv.split(self.sizes, -1)
+        if self.conv is not None and self.streams == "k":
+            k, state = self.conv(k, state, reset=reset, mask=mask)
+            q, v = (x if self.activation is None else F.silu(x) for x in (q, v))
+        return (q, k, v), state
