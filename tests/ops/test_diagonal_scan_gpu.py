@@ -207,6 +207,7 @@ def test_torch_func(a_ndim, flags):
     torch.testing.assert_close(results(DEVICE, BACKEND), results("cpu", "reference"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtypes", "a_ndim"), (((F32, F32), 3), ((C64, C64), 1), ((F32, BF16), 1)))
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
 def test_compile_fullgraph(dtypes, a_ndim):

@@ -140,6 +140,7 @@ def test_a_thread_that_has_never_met_cuda():
         assert_same_bits(got, wanted)
 
 
+@pytest.mark.slow  # and of much memory: not beside others
 @pytest.mark.parametrize(
     ("T", "D", "constant"), ((2**16 + 1, 2**15 + 8, False), (2**25 + 99, 65, True), (2**25 + 99, 65, False))
 )
