@@ -5,13 +5,23 @@ from typing import Any
 
 from linrnn.layers.attention import Attention, AttentionState
 from linrnn.layers.base import RecurrentLayer, State
+from linrnn.layers.complex_rwkv import ComplexRWKV
+from linrnn.layers.linear_attention import LinearAttention, LinearAttentionState
 from linrnn.layers.lru import LRU, LRUState
+from linrnn.layers.performer import Performer
+from linrnn.layers.rwkv4 import RWKV4, RWKV4State
 from linrnn.layers.slru import SLRU, SLRUState
+from linrnn.layers.token_mix import TokenMix
 
 LAYERS: dict[str, type[RecurrentLayer]] = {
     "attention": Attention,
+    "complex_rwkv": ComplexRWKV,
+    "linear_attention": LinearAttention,
     "lru": LRU,
+    "performer": Performer,
+    "rwkv4": RWKV4,
     "slru": SLRU,
+    "token_mix": TokenMix,
 }
 
 
@@ -47,13 +57,20 @@ def build(name: str, d_model: int, **kwargs: Any) -> RecurrentLayer:
 __all__ = [
     "LAYERS",
     "LRU",
+    "RWKV4",
     "SLRU",
     "Attention",
     "AttentionState",
+    "ComplexRWKV",
     "LRUState",
+    "LinearAttention",
+    "LinearAttentionState",
+    "Performer",
+    "RWKV4State",
     "RecurrentLayer",
     "SLRUState",
     "State",
+    "TokenMix",
     "available",
     "build",
     "layer_class",
