@@ -5,14 +5,13 @@ rounding to a half-precision output adds. The backward of half precision starts 
 """
 
 import functools
-import itertools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from linrnn.kernels import state_dtype
-from linrnn.kernels.cuda.diagonal_scan import PAIRS, backward, forward
+from linrnn.kernels.cuda.diagonal_scan import backward, forward
 from linrnn.kernels.cuda.plan import Plan
 from linrnn.ops import diagonal_scan
 
@@ -189,16 +188,3 @@ def _loops(case: Case, dtype: torch.dtype, h: Tensor) -> list[Tensor]:
     else:
         h = exact
     return [exact, final_state, *backward_loop(inputs, h, case.reverse)]
-
-
-def small_cases(
-    pairs: tuple = PAIRS, plans: tuple[str, ...] = ("columns", "segments", "chunks", "panels")
-) -> list[Case]:
-    """Every kind of call on a shape of a few blocks, each pair and plan with all that there is to choose beside."""
-    found = []
-    kinds = itertools.cycle(itertools.product((3, 1, 2), (False, True), (True, False), OPTIONS))
-    for pair in pairs:
-        for plan in plans:
-            a_ndim, reverse, with_state, options = next(kinds)
-            found.append(Case(pair, (2, 37, 10), a_ndim, plan, options, with_state, reverse))
-    return found

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .host import MODES, SHIM, SMALL, HostCuda, sanitized_environment, skip_without_compiler
+from .host import MODES, SHIM, SMALL, CompileError, HostCuda, sanitized_environment, skip_without_compiler
 
 WIDTH, GRID, ROWS, SEEDS = 33, 5, 7, 20
 _ENUM = re.search(r"enum Bug : int64_t {(.*?)}", (SHIM / "toys.cu").read_text(), re.DOTALL)
@@ -189,5 +189,5 @@ def test_names_that_do_not_exist(shim, host_folder, tmp_path):
     with pytest.raises(RuntimeError, match="no kernel declared by LINRNN_KERNEL in empty"):
         HostCuda("fibers", host_folder, tmp_path).program("empty.cu", ())
     (tmp_path / "wrong.cu").write_text("#error what is wrong")
-    with pytest.raises(RuntimeError, match="what is wrong"):
+    with pytest.raises(CompileError, match="what is wrong"):
         HostCuda("fibers", host_folder, tmp_path).program("wrong.cu", ())
