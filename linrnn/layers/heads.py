@@ -1,4 +1,4 @@
-"""What layers with heads and matrix states share: how many heads, the normalisation of what they read, white weights."""
+"""What layers with heads share: how many there are, the normalisation of what they read, white weights."""
 
 import torch
 import torch.nn.functional as F
