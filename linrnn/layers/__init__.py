@@ -6,20 +6,33 @@ from typing import Any
 from linrnn.layers.attention import Attention, AttentionState
 from linrnn.layers.base import RecurrentLayer, State
 from linrnn.layers.complex_rwkv import ComplexRWKV
+from linrnn.layers.delta_layer import DeltaState
+from linrnn.layers.deltanet import DeltaNet
+from linrnn.layers.gated_deltanet import GatedDeltaNet
+from linrnn.layers.gla import GLA, GLAState
 from linrnn.layers.linear_attention import LinearAttention, LinearAttentionState
 from linrnn.layers.lru import LRU, LRUState
+from linrnn.layers.mamba2 import Mamba2, Mamba2State
 from linrnn.layers.performer import Performer
+from linrnn.layers.retnet import RetNet, RetNetState
 from linrnn.layers.rwkv4 import RWKV4, RWKV4State
+from linrnn.layers.rwkv7 import RWKV7, RWKV7State
 from linrnn.layers.slru import SLRU, SLRUState
 from linrnn.layers.token_mix import TokenMix
 
 LAYERS: dict[str, type[RecurrentLayer]] = {
     "attention": Attention,
     "complex_rwkv": ComplexRWKV,
+    "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
+    "gla": GLA,
     "linear_attention": LinearAttention,
     "lru": LRU,
+    "mamba2": Mamba2,
     "performer": Performer,
+    "retnet": RetNet,
     "rwkv4": RWKV4,
+    "rwkv7": RWKV7,
     "slru": SLRU,
     "token_mix": TokenMix,
 }
@@ -55,19 +68,30 @@ def build(name: str, d_model: int, **kwargs: Any) -> RecurrentLayer:
 
 
 __all__ = [
+    "GLA",
     "LAYERS",
     "LRU",
     "RWKV4",
+    "RWKV7",
     "SLRU",
     "Attention",
     "AttentionState",
     "ComplexRWKV",
+    "DeltaNet",
+    "DeltaState",
+    "GLAState",
+    "GatedDeltaNet",
     "LRUState",
     "LinearAttention",
     "LinearAttentionState",
+    "Mamba2",
+    "Mamba2State",
     "Performer",
     "RWKV4State",
+    "RWKV7State",
     "RecurrentLayer",
+    "RetNet",
+    "RetNetState",
     "SLRUState",
     "State",
     "TokenMix",
