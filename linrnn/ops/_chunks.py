@@ -73,18 +73,25 @@ def decayed_scores(rows: tuple[Row, ...], keys: tuple[Tensor, ...], log_decay: T
 
 
 def _head_decays(log_decay: Tensor) -> tuple[Tensor, Decays]:
-    """exp of the sum over tokens j+1 to i for every pair i >= j, (..., C, C), and the decays of the chunk."""
+    """exp of the sum over tokens j+1 to i for every pair i >= j, (..., C, C), and the decays of the chunk.
+
+    Blocks of 8 sum up every pair; of two merged blocks, what lies below is an outer product.
+    """
     C = log_decay.shape[-1]
-    into, out = log_decay[..., None], torch.zeros_like(log_decay)[..., None]  # (..., blocks, s)
-    pairs = torch.ones_like(into)[..., None]  # (..., blocks, s, s)
-    for _ in range(C.bit_length() - 1):
+    s = min(C, 8)
+    blocks = log_decay.unflatten(-1, (-1, s))
+    into = blocks.cumsum(-1)
+    out = torch.cat((blocks[..., 1:], torch.zeros_like(blocks[..., :1])), -1).flip(-1).cumsum(-1).flip(-1)
+    upper = torch.ones(s, s, dtype=blocks.real.dtype, device=blocks.device).triu()  # [j, i], for sums along i
+    sums = torch.where(upper.triu(1).bool(), blocks[..., None, :], 0).cumsum(-1)
+    pairs = (sums.exp() * upper).mT  # (..., blocks, s, s)
+    while s < C:
         (into_a, into_b), (out_a, out_b) = _halves(into, -2), _halves(out, -2)
-        low = into_b.exp()[..., :, None] * out_a.exp()[..., None, :]
-        pairs = _lower(pairs, low)
+        pairs = _lower(pairs, into_b.exp()[..., :, None] * out_a.exp()[..., None, :])
         into, out = _merge(into_a, into_b, out_a, out_b, -1)
+        s *= 2
     into, out = into.mT, out.mT  # the one block left becomes the channel: (..., C, 1)
-    total = into[..., -1, :].exp()
-    return pairs[..., 0, :, :], Decays(into.exp(), None, out.exp(), total)
+    return pairs[..., 0, :, :], Decays(into.exp(), None, out.exp(), into[..., -1, :].exp())
 
 
 def _channel_scores(rows: tuple[Row, ...], keys: tuple[Tensor, ...], log_decay: Tensor):

@@ -9,6 +9,7 @@ from torch import Tensor
 from linrnn.kernels import state_dtype
 from linrnn.ops._backend import unwatched
 
+FORGET = -1e5  # the real part of a complex log decay that forgets all: torch turns sums of complex infinities into NaN
 MODES = ("chunk", "recurrent", "parallel", "reference")
 
 
@@ -79,7 +80,7 @@ def check_range(name: str, v: Tensor | None, low: float, high: float, meaning: s
     if torch.compiler.is_compiling() or not unwatched((v,)):
         return
     values = v.detach().real if v.is_complex() else v.detach()
-    smallest, largest = (x.item() for x in values.aminmax()) if low > -torch.inf else (low, values.max().item())
+    smallest, largest = (values.amin().item() if low > -torch.inf else low), values.amax().item()
     if smallest < low or largest > high:
         worst = smallest if smallest < low else largest
         raise ValueError(f"{name} must be {meaning}, got a value of {worst:.4g}")
@@ -132,8 +133,8 @@ def fold_flags(
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     """log_decay, and sequences, that say the same without flags.
 
-    A padded token neither decays nor writes nor reads: 0 in log_decay and in all sequences. A reset is a decay of
-    -inf before its token. A log_decay of (H,) then varies in time; `like` (B, T, H, ...) gives the shape.
+    A padded token neither decays nor writes nor reads: 0 in log_decay and in all sequences. A reset is a log decay of
+    -inf (or FORGET) at its token. A log_decay of (H,) then varies in time; `like` (B, T, H, ...) gives the shape.
     """
     if reset is None and mask is None:
         return log_decay, sequences
@@ -149,7 +150,8 @@ def fold_flags(
     if mask is not None:
         log_decay = torch.where(expand_flags(mask, log_decay), log_decay, 0)
     if reset is not None:
-        log_decay = torch.where(expand_flags(reset, log_decay), -torch.inf, log_decay)
+        all_forgotten = FORGET if log_decay.is_complex() else -torch.inf
+        log_decay = torch.where(expand_flags(reset, log_decay), all_forgotten, log_decay)
     return log_decay, sequences
 
 

@@ -29,7 +29,8 @@ def delta_rule_reference(q, k, v, beta, log_decay, state, reset, mask):
         write = beta[:, t, :, None] * (v[:, t] - read)
         new = new + k[:, t, :, :, None] * write[:, :, None, :]
         S = new if mask is None else torch.where(mask[:, t, None, None, None], new, S)
-        outs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+        o = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+        outs.append(o if mask is None else torch.where(mask[:, t, None, None], o, 0))
     return torch.stack(outs, 1), S
 
 

@@ -41,7 +41,8 @@ def linear_attention_reference(q, k, v, log_decay, state, reset, mask):
         new = S if log_decay is None else step_decays(log_decay, t) * S
         new = new + k[:, t, :, :, None] * v[:, t, :, None, :]
         S = new if mask is None else torch.where(mask[:, t, None, None, None], new, S)
-        outs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+        o = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+        outs.append(o if mask is None else torch.where(mask[:, t, None, None], o, 0))
     return torch.stack(outs, 1), S
 
 
@@ -109,6 +110,8 @@ def linear_attention(
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     if log_decay is not None:
         log_decay = log_decay.to(wide if log_decay.is_complex() else _inputs.real_dtype(wide))
+        if log_decay.is_complex():
+            log_decay = torch.complex(log_decay.real.clamp(min=_inputs.FORGET), log_decay.imag)
     scale = 1.0 if normalize else sizes["K"] ** -0.5 if scale is None else scale
     q = q if scale == 1.0 else q * scale
 
@@ -121,6 +124,7 @@ def linear_attention(
         state = torch.cat((S, z[..., None]), -1)
         unit = None
         if m is not None:
+            q = q if mask is None else torch.where(_inputs.expand_flags(mask, q), q, 0)
             exponent, marked = mark_flags(k, _per_channel(log_decay), reset, mask)
             state = state * (m - m.detach()).exp()[..., None]
             q, k, log_decay, m, unit = _exponentiate(q, exponent, marked, m)

@@ -26,7 +26,8 @@ def rwkv7_reference(r, log_decay, k, v, a, b, state, reset, mask):
         new = log_decay[:, t, :, :, None].exp() * S + b[:, t, :, :, None] * read[:, :, None, :]
         new = new + k[:, t, :, :, None] * v[:, t, :, None, :]
         S = new if mask is None else torch.where(mask[:, t, None, None, None], new, S)
-        outs.append(torch.einsum("bhk,bhkv->bhv", r[:, t], S))
+        o = torch.einsum("bhk,bhkv->bhv", r[:, t], S)
+        outs.append(o if mask is None else torch.where(mask[:, t, None, None], o, 0))
     return torch.stack(outs, 1), S
 
 

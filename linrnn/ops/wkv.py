@@ -79,7 +79,8 @@ def wkv(
         ValueError: a shape, dtype or device that does not fit, or (looked at on CPU tensors) a w above 0.
     """
     sizes = _check(k, v, w, u, reset, mask)
-    chosen = choose(backend, k, ("cpu", "cuda"))
+    if backend not in ("auto", "cpu", "cuda"):  # those the diagonal scans judge
+        choose(backend, k, ())
     out_dtype, wide = _inputs.dtypes((k, v), w)
     real = _inputs.real_dtype(wide)
     k, v, u, w = k.to(real), v.to(wide), u.to(real), w.to(wide if w.is_complex() else real)
@@ -88,7 +89,7 @@ def wkv(
         return v.to(out_dtype), WKVState(*(x.clone() for x in state))
     if mask is not None:
         k, v = (torch.where(mask[..., None], x, 0) for x in (k, v))
-    if chosen == "reference" or sizes["T"] == 1:
+    if backend == "reference" or sizes["T"] == 1:
         o, state = wkv_reference(k, v, w, u, state, reset, mask)
     else:
         o, state = _scanned(k, v, w, u, state, reset, mask, backend)

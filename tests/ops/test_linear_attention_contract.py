@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -24,7 +25,6 @@ from linrnn.ops import (
 )
 
 H, K, V, D = 2, 3, 5, 4
-RELATIVE = {torch.float64: 1e-10, torch.complex128: 1e-10}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +270,7 @@ def test_packed_documents_equal_separate_runs(case):
     bounds = [0, 0, 1, 1, 30, 45]
     inputs = case.inputs(1, 45)
     packed, _ = case.call(inputs, None, reset=reset_from_cu_seqlens(torch.tensor(bounds), 45), **case.fast[0])
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         alone, _ = case.call(part(case, inputs, slice(None), slice(begin, end)), None, **case.slow)
         same([packed[:, begin:end]], [alone])
 
@@ -362,15 +362,13 @@ class TestTorchFunc:
 @pytest.mark.parametrize("name", ("retnet", "gla", "exponential, decayed", "gated deltanet", "rwkv7", "rwkv4", "conv"))
 def test_compile_fullgraph(name):
     case = CASES[name]
-    for flags in (0, 3):
-        options = options_of(flags, 2, 21)
-        function, tensors = flat(case, 2, 21, **options, **case.fast[0])
-        tensors = tuple(v.requires_grad_() for v in tensors)
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
-        got, wanted = ([*f(*tensors)] for f in (compiled, function))
-        same(got, wanted)
-        got, wanted = (torch.autograd.grad(sum(v.sum() for v in outs), tensors) for outs in (got, wanted))
-        same(list(got), list(wanted))
+    function, tensors = flat(case, 2, 11, **options_of(3, 2, 11), **({"chunk_size": 4} if case.fast is MODES else {}))
+    tensors = tuple(v.requires_grad_() for v in tensors)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
+    got, wanted = ([*f(*tensors)] for f in (compiled, function))
+    same(got, wanted)
+    got, wanted = (torch.autograd.grad(sum(v.sum() for v in outs), tensors) for outs in (got, wanted))
+    same(list(got), list(wanted))
     torch.compiler.reset()
 
 
@@ -412,7 +410,7 @@ def test_float32_error_at_most_twice_the_loops(case):
                 worst[way, i] = max(worst.get((way, i), 0.0), error)
     results = {i for _, i in worst}
     for i in results:
-        assert worst["fast", i] <= 2 * worst["slow", i] + 2e-7, (i, worst)
+        assert worst["fast", i] <= 2 * worst["slow", i] + 16 * torch.finfo(torch.float32).eps, (i, worst)
 
 
 @each_case
