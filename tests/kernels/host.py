@@ -27,8 +27,7 @@ import pytest
 
 import linrnn.kernels
 from linrnn.kernels import cuda
-from linrnn.kernels.cuda import DeviceProperties
-from linrnn.kernels.cuda import diagonal_scan as launcher
+from linrnn.kernels.cuda import DeviceProperties, diagonal_scan, diagonal_step
 
 MODES = ("fibers", "races", "address", "threads")
 SHIM = Path(__file__).parent / "host_shim"
@@ -44,15 +43,16 @@ _BUILDS = {
     "address": (*((("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),) * 2), ("runtime.cpp",)),
     "threads": (("-fsanitize=thread",), ("-fsanitize=thread", "-DSHIM_THREADS"), ("runtime.cpp",)),
 }
-_KERNEL = re.compile(r'extern "C" __attribute__\(\(noipa\)\) void\s+(\w+)\s*\(')
+_BOUNDS = re.compile(r"shim_launch_bounds\((.*?)\);;")
+_KERNEL = re.compile(r'extern "C" __attribute__\(\(noipa\)\) void\s+(?:shim_launch_bounds\((.*?)\);;\s*)?(\w+)\s*\(')
 
 _EXPORT = """
 extern "C" __attribute__((visibility("default"))) const char* launch_{name}(
     unsigned grid, unsigned block, unsigned shared_bytes, const void* args, size_t bytes, unsigned seed,
     unsigned os_threads) {{
   const shim::Entry entry = [](const void* packed) {{ shim::call({name}, packed); }};
-  return shim::launch("{name}", entry, args, bytes, shim::args_bytes({name}), grid, block, shared_bytes, seed,
-                      os_threads);
+  return shim::launch("{name}", entry, args, bytes, shim::args_bytes({name}), grid, block, {most_threads}, shared_bytes,
+                      seed, os_threads);
 }}
 """
 
@@ -153,9 +153,15 @@ class HostCuda:
         with pytest.MonkeyPatch.context() as patch:
             for name in ("program", "properties", "current_stream", "unavailable"):
                 patch.setattr(cuda, name, getattr(self, name))
-            launcher._layout.cache_clear()  # the launcher remembers kernels
+            _forget_kernels()
             yield self
-        launcher._layout.cache_clear()
+        _forget_kernels()
+
+
+def _forget_kernels() -> None:
+    """The launchers remember kernels, and so the host or the driver that they are of."""
+    diagonal_scan._layout.cache_clear()
+    diagonal_step._kernel.cache_clear()
 
 
 def build(source: Path, definitions: tuple[str, ...], mode: str, folder: Path) -> tuple[Path, list[str]]:
@@ -167,13 +173,15 @@ def build(source: Path, definitions: tuple[str, ...], mode: str, folder: Path) -
 
 @functools.cache
 def _build(text: str, stem: str, mode: str, folder: Path) -> tuple[Path, list[str]]:
-    names = _KERNEL.findall(text)
-    if not names:
+    kernels = {name: most_threads or "1024" for most_threads, name in _KERNEL.findall(text)}
+    if not kernels:
         raise RuntimeError(f"no kernel declared by LINRNN_KERNEL in {stem}")
     kernel_flags, *_ = _BUILDS[mode]
     library = folder / f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}-{mode}.so"
     if not library.exists():
-        text += "".join(_EXPORT.format(name=name) for name in names)
+        text = _BOUNDS.sub("", text) + "".join(
+            _EXPORT.format(name=name, most_threads=most) for name, most in kernels.items()
+        )
         flags = (*_OPTIONS, "-shared", *kernel_flags, "-x", "c++-cpp-output")
         objects = map(str, _runtime(mode, folder))
         if mode == "races":  # linked without the compiler's own runtime
@@ -181,7 +189,7 @@ def _build(text: str, stem: str, mode: str, folder: Path) -> tuple[Path, list[st
             _run(*_OPTIONS, "-shared", f"{library}.o", *objects, "-o", str(library))
         else:
             _run(*flags, "-", "-x", "none", *objects, "-o", str(library), stdin=text)
-    return library, names
+    return library, list(kernels)
 
 
 @functools.cache

@@ -173,6 +173,7 @@ def test_launches_that_a_device_refuses(shim):
         (0, 32, 0, 32, r"kernel mirror: grid must be in \[1, 2147483647\], got 0"),
         (1, 1025, 0, 32, r"block must be in \[1, 1024\], got 1025"),
         (1, 0, 0, 32, r"block must be in \[1, 1024\], got 0"),
+        (1, 257, 0, 32, "kernel mirror takes blocks of up to 256 threads but was given 257"),
         (1, 32, 1001, 32, r"shared_bytes must be in \[0, 1000\], got 1001"),
         (1, 32, 1000, 31, "kernel mirror takes a struct of 32 bytes but was given 31"),
     ):

@@ -71,13 +71,14 @@ void run_grid(const Launch& launch, unsigned os_threads) {
 
 // Returns what went wrong, or null. The text lives until the next launch from this OS thread.
 const char* launch(const char* name, Entry entry, const void* args, size_t bytes, size_t expected_bytes, unsigned grid,
-                   unsigned block, unsigned shared_bytes, unsigned seed, unsigned os_threads) {
+                   unsigned block, unsigned most_threads, unsigned shared_bytes, unsigned seed, unsigned os_threads) {
   static thread_local std::string error;
-  if (bytes != expected_bytes) {
-    error = std::string("kernel ") + name + " takes a struct of " + std::to_string(expected_bytes) +
-            " bytes but was given " + std::to_string(bytes);
+  const auto refuse = [&](const char* takes, size_t wanted, const char* of, size_t given) {
+    error = std::string("kernel ") + name + takes + std::to_string(wanted) + of + std::to_string(given);
     return error.c_str();
-  }
+  };
+  if (bytes != expected_bytes) return refuse(" takes a struct of ", expected_bytes, " bytes but was given ", bytes);
+  if (block > most_threads) return refuse(" takes blocks of up to ", most_threads, " threads but was given ", block);
   std::vector<std::max_align_t> aligned(bytes / sizeof(std::max_align_t) + 1);
   std::memcpy(aligned.data(), args, bytes);
   try {

@@ -27,7 +27,7 @@ void async_wait(int newest_left);
 
 using Entry = void (*)(const void* args);
 const char* launch(const char* name, Entry entry, const void* args, size_t bytes, size_t expected_bytes, unsigned grid,
-                   unsigned block, unsigned shared_bytes, unsigned seed, unsigned os_threads);
+                   unsigned block, unsigned most_threads, unsigned shared_bytes, unsigned seed, unsigned os_threads);
 
 template <class Args>
 constexpr size_t args_bytes(void (*)(Args)) {
@@ -45,13 +45,13 @@ void call(void (*kernel)(Args), const void* args) {
 #define blockDim shim::place.block_size
 #define gridDim shim::place.grid_size
 
-// The attribute is a mark by which host.py finds the kernels in the preprocessed source.
+// Marks by which host.py finds the kernels in the preprocessed source, and their bounds, which it takes out.
 #define __global__ __attribute__((noipa))
+#define __launch_bounds__(threads, ...) shim_launch_bounds(threads);;
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
-#define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 #define __syncthreads() shim::barrier(__FILE__, __LINE__)
