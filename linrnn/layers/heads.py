@@ -7,28 +7,26 @@ from torch import Tensor, nn
 from linrnn.layers.base import accumulation_dtype, positive_int
 
 
-def count_heads(d_model: int, n_heads: int | None, width: int | None = None) -> int:
-    """Returns the number of heads, checked.
-
-    If None, d_model is divided into at least 4 heads, as wide as a multiple of 4 up to 64 can be.
+def count_heads(d_model: int, n_heads: int | None, width: int | None = None, *, argument: str = "n_heads") -> int:
+    """Returns the number of heads, checked; if None, d_model is at least 4 heads, as wide as 64 allows.
 
     Args:
         d_model: width of the layer.
         n_heads: the user's choice, or None.
         width: what the heads divide; d_model if None.
+        argument: what the user may choose n_heads by, for the messages.
 
     Raises:
         ValueError: n_heads does not divide the width, or d_model has no default.
     """
-    d_model = positive_int("d_model", d_model)
-    width = d_model if width is None else width
     if n_heads is None:
         fitting = [size for size in range(4, 65, 4) if d_model % size == 0 and d_model >= 4 * size]
         if not fitting:
-            raise ValueError(f"n_heads: no head width of 4 to 64 divides d_model = {d_model} in 4; give n_heads")
+            raise ValueError(f"{argument}: a width of {d_model} is no 4 or more heads of 4, 8, ... 64; give {argument}")
         n_heads = d_model // fitting[-1]
-    if width % positive_int("n_heads", n_heads):
-        raise ValueError(f"n_heads: expected a divisor of {width}, got {n_heads}")
+    width = d_model if width is None else width
+    if width % positive_int(argument, n_heads):
+        raise ValueError(f"{argument}: expected a divisor of {width}, got {n_heads}")
     return n_heads
 
 

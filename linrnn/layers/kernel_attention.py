@@ -4,7 +4,7 @@
 `scale` is of q, where there is no denominator.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from linrnn.ops._inputs import full_precision
 from linrnn.ops._running_max import mark_flags, nothing, running_max
 
 
+# S (B, H, F, V), z (B, H, F) and m (B, H, F), of which z and m may be missing
+Sums: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
+
+
 class Features(NamedTuple):
     """Features of queries and keys, (B, T, H, F) each; their logarithms if the map says so."""
 
@@ -23,20 +27,25 @@ class Features(NamedTuple):
     k: Tensor
 
 
+class Flags(TypedDict):
+    reset: Tensor | None
+    mask: Tensor | None
+
+
 def causal(
     kind: FeatureMap,
     features: Features,
     v: Tensor,
-    state: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
+    state: Sums | None = None,
     *,
     below: Features | None = None,
     scale: float = 1.0,
     reset: Tensor | None = None,
     mask: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor | None, Tensor | None]]:
+) -> tuple[Tensor, Sums]:
     """Maps features, v (B, T, H, V) and a state (S, z, m) to o (B, T, H, V) and the next state."""
     S, z, m = (None, None, None) if state is None else state
-    (q, k), flags = features, {"reset": reset, "mask": mask}
+    (q, k), flags = features, Flags(reset=reset, mask=mask)
     if not kind.normalize:
         o, S = linear_attention(q, k, v, S, scale=scale, **flags)
         return o, (S, None, None)
@@ -51,7 +60,7 @@ def causal(
         q = q.log_softmax(-1) - running_logsumexp(k, z, m, reset, mask)
     given = None if S is None or z is None else NormalizedState(S, z, m)
     o, final = linear_attention(q, k, v, given, normalize=True, log_features=kind.logs, eps=kind.eps, **flags)
-    return o, tuple(final)
+    return o, (final.S, final.z, final.m)
 
 
 def running_logsumexp(
