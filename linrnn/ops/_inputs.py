@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ def widen(name: str, state: Tensor, wide: torch.dtype) -> Tensor:
     return state if state.dtype == wide else state.to(wide)
 
 
-def matrix_state(state: Tensor | None, sizes: dict[str, int], wide: torch.dtype, device: torch.device) -> Tensor | None:
+def matrix_state(state: Any, sizes: dict[str, int], wide: torch.dtype, device: torch.device) -> Tensor | None:
     """An initial state (B, H, K, V), checked and in the dtype of states."""
     if state is None:
         return None

@@ -1,6 +1,6 @@
 """Linear attention as a recurrence with a matrix state: S_t = a_t S_{t-1} + k_t v_t^T, o_t = q_t^T S_t."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def linear_attention(
     mode: str = "chunk",
     chunk_size: int = 64,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor | NormalizedState]:
+) -> tuple[Tensor, Any]:
     """Causal linear attention with decay: S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T and o_t = scale * q_t^T S_t.
 
     Linear attention (Katharopoulos et al. 2020, arXiv:2006.16236) without decay, RetNet (2307.08621) with a constant

@@ -63,18 +63,16 @@ def test_is_a_case_of_the_recurrence_of_rwkv7():
 
 
 @pytest.mark.parametrize("same_keys", (False, True))
-@pytest.mark.parametrize("beta", (1.0, 1.99))
-def test_stays_bounded_in_float32(same_keys, beta):
-    """Long sequences with the hardest keys: all the same (the triangular system is as ill-conditioned as it gets)."""
+@pytest.mark.parametrize(("beta", "tolerance"), ((1.0, 5e-6), (1.99, 2e-4)))
+def test_stays_bounded_in_float32(same_keys, beta, tolerance):
+    """4096 tokens with the hardest keys, all the same, and reflections that never contract: errors add up, no more."""
     T = 4096
     q, k, v, _ = make(torch.float32, T)
     k = k[:, :1].expand(k.shape) if same_keys else k
     betas = torch.full((B, T, H), beta)
     exact = delta_rule(q.double(), k.double(), v.double(), betas.double(), scale=1.0, mode="recurrent")
-    chunked = delta_rule(q, k, v, betas, scale=1.0)
-    loop = delta_rule(q, k, v, betas, scale=1.0, mode="recurrent")
-    for got, plain, wanted in zip(chunked, loop, exact, strict=True):
-        assert (got - wanted).norm() <= 10 * (plain - wanted).norm() + 1e-6 * wanted.norm()
+    for got, wanted in zip(delta_rule(q, k, v, betas, scale=1.0), exact, strict=True):
+        assert (got - wanted).norm() <= tolerance * wanted.norm()
 
 
 def test_a_gate_that_closes_is_a_reset():
