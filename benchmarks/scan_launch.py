@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from linrnn.ops import diagonal_scan
+from linrnn.ops import diagonal_scan, diagonal_step
 
 # In a process of its own: CUDA is initialised, then one forward and one backward, each waited for.
 FIRST_CALL = """
@@ -47,6 +47,8 @@ def host_times(device: torch.device, calls: int) -> dict[str, float]:
     """Microseconds that the host spends on a call which it does not wait for: at 1 x 1 x 64 the GPU keeps up."""
     a, x, state = torch.rand(64, device=device), torch.randn(1, 2, 64, device=device), torch.randn(1, 64, device=device)
     step, leaf = x[:, :1].clone(), x.clone().requires_grad_()
+    pool, rows = torch.randn(64, 64, device=device), torch.arange(8, device=device)
+    tokens = torch.randn(8, 64, device=device)
     backend = "cuda" if device.type == "cuda" else "auto"
 
     def training() -> None:
@@ -58,6 +60,7 @@ def host_times(device: torch.device, calls: int) -> dict[str, float]:
         "host time of diagonal_scan, T = 2, without gradients": lambda: diagonal_scan(a, x, backend=backend),
         "host time of the same with a given state": lambda: diagonal_scan(a, x, state, backend=backend),
         "host time of a step, T = 1, backend 'auto'": lambda: diagonal_scan(a, step, state),
+        "host time of diagonal_step, 8 rows of a pool in place": lambda: diagonal_step(a, tokens, pool, rows, out=pool),
         "host time of forward, sum and backward": training,
     }
     return {name: _host_microseconds(function, device, calls) for name, function in functions.items()}

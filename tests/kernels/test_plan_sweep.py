@@ -49,3 +49,13 @@ def test_it_climbs_to_the_fastest_and_leaves_out_what_fails_or_differs(sweep, mo
     assert "rows 16 | 0.0625 | " in line and line.endswith("| 4.00 |")
     printed = capsys.readouterr().out
     assert "rows=32" in printed and "does not run: does not fit" in printed and "gives other results" in printed
+
+
+@pytest.mark.slow
+def test_the_program_for_compute_sanitizer(host_cuda, capsys):
+    """benchmarks/sanitize.py, its tensors on the CPU."""
+    source = (Path(__file__).parents[2] / "benchmarks" / "sanitize.py").read_text()
+    names = {"__name__": "sanitize"}
+    exec(source.replace('"cuda"', '"cpu"').replace("torch.cuda.synchronize()", ""), names)
+    names["main"]()
+    assert "33 calls, all results finite" in capsys.readouterr().out
