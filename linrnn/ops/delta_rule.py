@@ -54,8 +54,8 @@ def delta_rule(
     One step of gradient descent on |S^T k_t - v_t|^2 / 2 (DeltaNet: Schlag et al. 2021, arXiv:2102.11174; in chunks:
     Yang et al. 2024, 2406.06484; gated: 2412.06464; with a decay per channel: Kimi Delta Attention, 2510.26692). It is
     stable while beta_t |k_t|^2 lies in [0, 2]: normalize k to length 1. Where it stays near 2 for thousands of tokens
-    nothing contracts, and the chunk form loses about two more digits to rounding than a loop. All derivatives exist, from both outputs, with
-    respect to q, k, v, beta, log_decay and the initial state.
+    nothing contracts, and the chunk form loses about two more digits to rounding than a loop. All derivatives exist,
+    from both outputs, with respect to q, k, v, beta, log_decay and the initial state.
 
     Args:
         q, k: (B, T, H, K), real; any T, also 0.
