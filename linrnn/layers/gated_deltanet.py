@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from linrnn.layers.base import accumulation_dtype
 from linrnn.layers.delta_layer import DeltaLayer
 from linrnn.layers.heads import white_
+from linrnn.layers.time_step import check_time_steps, dt_bias_
 
 
 class GatedDeltaNet(DeltaLayer):
@@ -57,8 +58,7 @@ class GatedDeltaNet(DeltaLayer):
             allow_neg_eigval=allow_neg_eigval,
             use_gate=use_gate,
         )
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"dt_min, dt_max: expected 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
+        check_time_steps(dt_min, dt_max)
         self.dt_min, self.dt_max = dt_min, dt_max
         self.a = nn.Linear(d_model, self.n_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
@@ -71,8 +71,7 @@ class GatedDeltaNet(DeltaLayer):
         white_(self.a)
         with torch.no_grad():
             self.A_log.copy_(torch.log(16 * (1 - torch.rand_like(self.A_log))))
-            dt = self.dt_min * (self.dt_max / self.dt_min) ** torch.rand_like(self.dt_bias)
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        dt_bias_(self.dt_bias, self.dt_min, self.dt_max)
 
     def optim_hints(self) -> dict[str, dict[str, float]]:
         return {name: {"weight_decay": 0.0} for name in ("A_log", "dt_bias")}

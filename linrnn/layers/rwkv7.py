@@ -66,12 +66,12 @@ class RWKV7(RecurrentLayer):
         self.depth = layer_ratios(layer_index, n_layers)
         self.zero_init = zero_init
         D, small, large = d_model, low_rank(d_model, 2.5), low_rank(d_model, 5.0)
-        for name in (*(f"x_{z}" for z in MIXED), "w0", "a0", "k_k", "k_a"):
-            self.register_parameter(name, nn.Parameter(torch.empty(D)))
+        for z in MIXED:
+            self.register_parameter(f"x_{z}", nn.Parameter(torch.empty(D)))
+        self.w0, self.a0, self.k_k, self.k_a = (nn.Parameter(torch.empty(D)) for _ in range(4))
         self.r_k = nn.Parameter(torch.empty(self.n_heads, self.d_head))
-        for name, rank in (("w", small), ("a", small), ("g", large)):
-            self.register_parameter(f"{name}1", nn.Parameter(torch.empty(D, rank)))
-            self.register_parameter(f"{name}2", nn.Parameter(torch.empty(rank, D)))
+        self.w1, self.a1, self.g1 = (nn.Parameter(torch.empty(D, rank)) for rank in (small, small, large))
+        self.w2, self.a2, self.g2 = (nn.Parameter(torch.empty(rank, D)) for rank in (small, small, large))
         self.receptance = nn.Linear(D, D, bias=False)
         self.key = nn.Linear(D, D, bias=False)
         self.value = nn.Linear(D, D, bias=False)
