@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
 
+    from linrnn.kernels import KernelUnavailable
     from linrnn.kernels.cuda import cache, compiler
     from linrnn.kernels.cuda.__main__ import programs
 
@@ -54,10 +55,14 @@ def main() -> int:
     if not wanted:
         parser.error(f"--only {args.only}: no program has this in its definitions")
     start, rows = time.perf_counter(), []
-    with ProcessPoolExecutor(min(args.jobs, len(wanted)), get_context("spawn")) as pool:
-        for row in pool.map(compile_one, *zip(*wanted, strict=True)):
-            rows.append(row)
-            print("{:5.2f} s {:6.1f} KiB {:4} registers {:4} bytes of local memory  {}".format(*row), flush=True)
+    try:
+        with ProcessPoolExecutor(min(args.jobs, len(wanted)), get_context("spawn")) as pool:
+            for row in pool.map(compile_one, *zip(*wanted, strict=True)):
+                rows.append(row)
+                print("{:5.2f} s {:6.1f} KiB {:4} registers {:4} bytes of local memory  {}".format(*row), flush=True)
+    except (KernelUnavailable, compiler.CompileError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
     spilled = [label for *_, local, label in rows if local]
     print(
         f"{len(rows)} programs in {time.perf_counter() - start:.1f} s ({sum(r[0] for r in rows):.0f} s of work, the "

@@ -129,7 +129,7 @@ if "$python" -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 
   [ "$third" -gt 20 ] && step sweep $((third + 30)) '^\|' \
     "$python" benchmarks/scan_gpu.py --sweep --quick --seconds "$third" --out "$out"
   [ "$(left)" -gt 60 ] && step scan "$(left)" '^- MISSED|^Not reached|Error|error:' \
-    "$python" benchmarks/scan_gpu.py --seconds $(($(left) - 45)) --out "$out"
+    "$python" benchmarks/scan_gpu.py --peers quick --seconds $(($(left) - 45)) --out "$out"
 else
   gpu=0
   step compile 240 'programs in|Error' "$python" benchmarks/compile_kernels.py --arch sm_80 sm_90 sm_100 \

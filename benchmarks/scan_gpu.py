@@ -1,6 +1,7 @@
 """diagonal_scan on a GPU beside a copy and torch.add of the same bytes and the scans of the peers.
 
-    python benchmarks/scan_gpu.py                    # everything, several minutes; writes benchmarks/results/
+    pip install accelerated-scan fla-core    # and mamba-ssm, where it can be built; those that are missing are named
+    python benchmarks/scan_gpu.py                    # everything, many minutes; writes benchmarks/results/
     python benchmarks/scan_gpu.py --quick            # three shapes, three dtypes, under 150 s
     python benchmarks/scan_gpu.py --sweep            # the launch plans around the one that the rule chooses
     python benchmarks/scan_gpu.py --device cpu --dry-run    # tiny shapes, host clock: does the script itself work?
@@ -55,7 +56,8 @@ def exact(a: Tensor, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def measure(
     shape: Shape, case: Case, peers: list[scan_peers.Peer], device: torch.device, seconds: float, patience: float
 ) -> Result:
-    """Everything at one shape; a peer that is wrong, fails or takes longer than `patience` s is left out and named."""
+    """Everything at one shape. A peer that is wrong or fails is left out and named; one that takes longer than
+    `patience` seconds leaves `peers` for good."""
     result = Result(shape, case)
     count = common.rounds(case.both_bytes(shape), device)
     sets = [case.inputs(shape, device) for _ in range(count)]
@@ -67,7 +69,7 @@ def measure(
     result.errors[OURS] = error
 
     measure_ours(result, mine, sets, device, seconds)
-    for peer in peers:
+    for peer in tuple(peers):
         if not peer.accepts(*sets[0][:2]):
             continue
         try:
@@ -79,6 +81,8 @@ def measure(
                 times = measure_peer(peer, sets, device, seconds / 2)
                 result.forward[peer.name], result.both[peer.name] = times
         except Exception as error:  # whatever a peer raises, the others are measured
+            if isinstance(error, TimeoutError):
+                peers.remove(peer)
             result.left_out.append(f"{peer.name}: {scan_peers.first_line(error)}")
     return result
 
@@ -131,6 +135,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cuda (the default), or cpu with --dry-run")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, next to no repetitions, any device")
     parser.add_argument("--quick", action="store_true", help="three shapes, three dtypes, fewer peers")
+    parser.add_argument(
+        "--peers",
+        choices=("all", "quick", "none"),
+        help="which others (default: all; --quick: those that compile fast)",
+    )
     parser.add_argument("--sweep", action="store_true", help="only: time the launch plans around the rule's own")
     parser.add_argument("--shapes", nargs="*", metavar="B,T,D", help="these shapes instead")
     parser.add_argument("--cases", nargs="*", choices=CASES, help="these dtypes instead")
@@ -176,7 +185,8 @@ def main() -> None:
             publish(text)
         print(f"wrote {path}")
         return
-    peers, missing = scan_peers.find(args.quick)
+    which = args.peers or ("quick" if args.quick else "all")
+    peers, missing = ([], []) if which == "none" else scan_peers.find(which == "quick")
     publish(*(f"- not here: {text}" for text in missing), "")
     results, lengths, late = [], [], []
     for shape in shapes:

@@ -58,4 +58,4 @@ def test_the_program_for_compute_sanitizer(host_cuda, capsys):
     names = {"__name__": "sanitize"}
     exec(source.replace('"cuda"', '"cpu"').replace("torch.cuda.synchronize()", ""), names)
     names["main"]()
-    assert "33 calls, all results finite" in capsys.readouterr().out
+    assert "63 calls, all results finite" in capsys.readouterr().out
