@@ -100,9 +100,8 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
 def test_the_state_of_no_past_has_no_weight() -> None:
     layer = RWKV4(D).double()
     with torch.no_grad():
-        layer.key.weight.mul_(300)  # keys down to -1000: a state of p = 0 would outweigh them, or divide 0 by 0
+        layer.key.weight.mul_(1e4)  # beside a state of p = 0 these keys would underflow, and o be 0 / 0
     x = torch.randn(2, 9, D, dtype=torch.float64)
-    assert layer.key(x).min() < -100
     torch.testing.assert_close(layer(x, layer.init_state(2))[0], layer(x)[0])
     assert layer(x, layer.init_state(2))[0].isfinite().all()
     assert isinstance(layer.init_state(2), RWKV4State)
