@@ -68,7 +68,11 @@ def plain(a: Tensor, x: Tensor, state: Tensor) -> list[Tensor]:
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:
-    return ((got - wanted).norm() / wanted.norm().clamp_min(1e-30)).item() if wanted.numel() else 0.0
+    """The largest error relative to the largest element: a norm would hide a single bad one in half precision."""
+    if not wanted.numel():
+        return 0.0
+    got, wanted = got.to(C128), wanted.to(C128)
+    return ((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
 
 
 @pytest.mark.parametrize("dtypes", EXACT)
@@ -93,7 +97,7 @@ def test_single_and_half_precision_in_every_program(dtypes, flags):
         unit = torch.finfo(dtypes[1]).eps
         for got, wanted in zip(on_device(inputs, options), run("torch", *inputs, options), strict=True):
             assert got.dtype == wanted.dtype and got.isfinite().all()
-            assert distance(got.to(torch.complex128), wanted.to(torch.complex128)) <= 8 * unit
+            assert distance(got, wanted) <= 8 * unit
 
 
 @pytest.mark.parametrize("T", (0, 1, 63, 1000, 5000))
@@ -111,7 +115,7 @@ def test_error_at_most_twice_the_plain_loops(T, D, dtypes):
         units[2] = max(units[2], torch.finfo(dtypes[1]).eps)
         for i, (got, loop, wanted) in enumerate(zip(*results, exact, strict=True)):
             assert got.dtype == loop.dtype and got.shape == wanted.shape
-            assert distance(got, wanted) <= 2 * distance(loop, wanted) + units[i], (i, a_ndim)
+            assert distance(got, wanted) <= 2 * distance(loop, wanted) + 4 * units[i], (i, a_ndim)
 
 
 @pytest.mark.parametrize("dtypes", ((F64, F64), (F32, F32), (F32, BF16), (BF16, BF16), (C64, C64)))
@@ -146,7 +150,7 @@ def test_strides(dtypes, a_ndim, T):
                 grads = torch.autograd.grad((h, final_state), leaves, (weight.to(h.dtype), final_state.detach()))
             results.append([h.detach(), final_state.detach(), *grads])
         for got, wanted in zip(*results, strict=True):
-            assert distance(got.to(C128), wanted.to(C128)) <= 8 * torch.finfo(dtypes[1]).eps, change.__name__
+            assert distance(got, wanted) <= 8 * torch.finfo(dtypes[1]).eps, change.__name__
 
 
 def test_a_cotangent_without_memory_of_its_own():
