@@ -64,12 +64,14 @@ class Inputs:
 
     def widened(self, dtype: torch.dtype) -> "Inputs":
         """In a real dtype, or its complex one where a tensor is complex."""
-        names = ("a", "x", "state", "grad_h", "grad_final_state")
-        return replace(self, **{name: widened(getattr(self, name), dtype) for name in names})
+        tensors = (self.a, self.x, self.grad_h, self.grad_final_state)
+        a, x, grad_h, grad_final_state = (widened(v, dtype) for v in tensors)
+        state = None if self.state is None else widened(self.state, dtype)
+        return Inputs(a, x, state, self.reset, self.mask, grad_h, grad_final_state)
 
 
-def widened(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if v is None else v.to(dtype.to_complex() if v.is_complex() else dtype)
+def widened(v: Tensor, dtype: torch.dtype) -> Tensor:
+    return v.to(dtype.to_complex() if v.is_complex() else dtype)
 
 
 def make(case: Case) -> Inputs:

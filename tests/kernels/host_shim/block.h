@@ -146,10 +146,6 @@ extern __thread Block* current;  // the block that this OS thread runs
   throw Failure{current->name() + ", thread " + std::to_string(place.thread.x) + ": " + what};
 }
 
-// How the threads of a block are run; each knows its own kind of barrier.
-void run(Block& block);
-void arrive(Block& block, const char* file, int line);
-
 struct Site {
   const char* file;
   int line;

@@ -13,28 +13,39 @@
 
 namespace shim {
 
-// Kept from block to block. The page at the low end is a guard: an overflow is a crash and no silent damage.
-class Stack {
+// The stacks of a block, kept from block to block of a launch. The page at the low end of each is a guard: an overflow
+// is a crash and no silent damage.
+class Stacks {
  public:
-  Stack() : base_(mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)) {
-    if (base_ == MAP_FAILED || mprotect(base_, kGuard, PROT_NONE)) throw Failure{"no memory for the stack of a fiber"};
+  Stacks() = default;
+  Stacks(const Stacks&) = delete;
+  ~Stacks() {
+    if (base_) munmap(base_, count_ * kBytes);
   }
-  Stack(Stack&& other) : base_(other.base_) { other.base_ = MAP_FAILED; }
-  ~Stack() {
-    if (base_ != MAP_FAILED) munmap(base_, kBytes);
+  void reserve(size_t count) {
+    if (base_) return;  // all blocks of a launch are alike
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* base = mmap(nullptr, count * kBytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (base == MAP_FAILED) throw Failure{"no memory for the stacks of " + std::to_string(count) + " fibers"};
+    base_ = static_cast<char*>(base);
+    count_ = count;
+    for (size_t i = 0; i < count; i++)
+      if (mprotect(base_ + i * kBytes, kGuard, PROT_NONE)) throw Failure{"no guard for the stack of a fiber"};
   }
-  void* low() const { return static_cast<char*>(base_) + kGuard; }
-  size_t bytes() const { return kBytes - kGuard; }
+  void* low(size_t i) const { return base_ + i * kBytes + kGuard; }
+
+  static constexpr size_t kGuard = 4096, kUsable = (256 << 10) - kGuard;
 
  private:
-  static constexpr size_t kBytes = 256 << 10, kGuard = 4096;
-  void* base_;
+  static constexpr size_t kBytes = kGuard + kUsable;
+  char* base_ = nullptr;
+  size_t count_ = 0;
 };
 
 class Fibers {
  public:
-  explicit Fibers(Block& block) : block_(block), fibers_(block.threads), sites_(block.threads) {
-    while (stacks().size() < block.threads) stacks().emplace_back();
+  Fibers(Block& block, Stacks& stacks) : block_(block), stacks_(stacks), fibers_(block.threads), sites_(block.threads) {
+    stacks.reserve(block.threads);
   }
 
   void run() {
@@ -71,31 +82,25 @@ class Fibers {
     bool started, exited;
     void* fake_stack;
   };
-  static std::vector<Stack>& stacks() {
-    static thread_local std::vector<Stack> all;
-    return all;
-  }
-  const Stack& stack(unsigned t) const { return stacks()[t]; }
-
   void switch_to(unsigned t) {
     Fiber& fiber = fibers_[t];
     running_ = t;
     block_.enter(t);
-    races::enter_stack(stack(t).low(), stack(t).bytes());
+    races::enter_stack(stacks_.low(t), Stacks::kUsable);
     if (!fiber.started) {
       fiber.started = true;
       getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = stack(t).low();
-      fiber.context.uc_stack.ss_size = stack(t).bytes();
+      fiber.context.uc_stack.ss_sp = stacks_.low(t);
+      fiber.context.uc_stack.ss_size = Stacks::kUsable;
       fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, &Fibers::main, 0);
 #ifdef __SANITIZE_ADDRESS__
-      __asan_unpoison_memory_region(stack(t).low(), stack(t).bytes());  // a failed launch leaves frames behind
+      __asan_unpoison_memory_region(stacks_.low(t), Stacks::kUsable);  // a failed launch leaves frames behind
 #endif
     }
 #ifdef __SANITIZE_ADDRESS__
     void* fake_stack;
-    __sanitizer_start_switch_fiber(&fake_stack, stack(t).low(), stack(t).bytes());
+    __sanitizer_start_switch_fiber(&fake_stack, stacks_.low(t), Stacks::kUsable);
 #endif
     swapcontext(&scheduler_, &fiber.context);
 #ifdef __SANITIZE_ADDRESS__
@@ -130,6 +135,7 @@ class Fibers {
   }
 
   Block& block_;
+  Stacks& stacks_;
   std::vector<Fiber> fibers_;
   std::vector<Site> sites_;
   ucontext_t scheduler_;
@@ -139,7 +145,8 @@ class Fibers {
   Failure failure_;
 };
 
-void run(Block& block) { Fibers(block).run(); }
-void arrive(Block&, const char* file, int line) { Fibers::active()->wait({file, line}); }
+using Worker = Stacks;  // what an OS thread keeps from block to block
+void run(Block& block, Worker& stacks) { Fibers(block, stacks).run(); }
+void arrive(const char* file, int line) { Fibers::active()->wait({file, line}); }
 
 }  // namespace shim

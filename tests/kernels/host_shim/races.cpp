@@ -13,7 +13,7 @@
 namespace shim::races {
 namespace {
 
-// Intervals are numbered through all blocks and launches, so that what an earlier launch left behind is merely old.
+// Intervals are numbered through all blocks and launches, so that what an earlier block left behind is merely old.
 struct Trace {
   uint32_t write_interval, read_interval, pending_interval;
   uint32_t write_pc, read_pc;
@@ -22,7 +22,7 @@ struct Trace {
   bool many_blocks;   // read by several blocks
 };
 
-constexpr size_t kPage = 4096, kMostPages = 2048;
+constexpr size_t kPage = 4096;
 using Page = std::vector<Trace>;
 
 struct State {
@@ -132,19 +132,23 @@ void access(const void* p, size_t bytes, const void* pc, const char* verb) {
   const uint32_t offset = offset_of(pc);
   const uintptr_t end = address + bytes, low = state.shared - state.zone, high = state.shared_end + state.zone;
   if (end > low && address < high && (address < state.shared || end > state.shared_end))
-    return report(address, verb, offset, "outside of its " + std::to_string(state.shared_end - state.shared) + " bytes");
+    return report(address, verb, offset, "outside of its " + std::to_string(high - low - 2 * state.zone) + " bytes");
   for (uintptr_t at = address; at < end; at++) each(at, offset);
 }
 
 }  // namespace
 
 void begin_launch(const char* name) {
-  if (state.pages.size() > kMostPages) state.pages.clear();
-  state.last_page = nullptr;
   state.launch = name;
   state.found.clear();
   state.block_of.clear();
   state.first_of_launch = state.interval + 1;
+}
+
+// Every library has a detector of its own, so none may hold on to its memory.
+void end_launch() {
+  state.pages.clear();
+  state.last_page = nullptr;
 }
 
 void begin_block(unsigned block, const unsigned char* shared, size_t bytes, size_t zone) {

@@ -13,6 +13,7 @@ namespace shim::races {
 
 #ifdef SHIM_RACES
 void begin_launch(const char* name);
+void end_launch();
 void begin_block(unsigned block, const unsigned char* shared, size_t bytes, size_t zone);
 void next_interval(unsigned block);
 void enter_stack(const void* low, size_t bytes);
@@ -21,6 +22,7 @@ void async_done(void* to, size_t bytes, const void* pc);
 const std::string& found();  // the first race of the launch, or empty
 #else
 inline void begin_launch(const char*) {}
+inline void end_launch() {}
 inline void begin_block(unsigned, const unsigned char*, size_t, size_t) {}
 inline void next_interval(unsigned) {}
 inline void enter_stack(const void*, size_t) {}

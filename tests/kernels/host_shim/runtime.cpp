@@ -17,7 +17,7 @@ __thread Block* current;
 
 void* dynamic_shared() { return current->shared.data(); }
 
-void barrier(const char* file, int line) { arrive(*current, file, line); }
+void barrier(const char* file, int line) { arrive(file, line); }
 
 void async_copy(void* shared, const void* global, int bytes) {
   if (bytes != 4 && bytes != 8 && bytes != 16)
@@ -34,11 +34,11 @@ void async_wait(int newest_left) { current->copies[place.thread.x].wait(newest_l
 
 namespace {
 
-void run_block(const Launch& launch, unsigned index) {
+void run_block(const Launch& launch, unsigned index, Worker& worker) {
   Block block(launch, index);
   current = &block;
   races::begin_block(index, block.shared.data(), block.shared.bytes(), SharedMemory::kZone);
-  run(block);
+  run(block, worker);
   if (!races::found().empty()) throw Failure{races::found()};
   block.check_red_zones();
 }
@@ -53,7 +53,8 @@ void run_grid(const Launch& launch, unsigned os_threads) {
   Failure failure;
   const auto work = [&] {
     try {
-      for (size_t i; (i = next++) < order.size();) run_block(launch, order[i]);
+      Worker worker;
+      for (size_t i; (i = next++) < order.size();) run_block(launch, order[i], worker);
     } catch (const Failure& thrown) {
       next = order.size();
       std::lock_guard<std::mutex> lock(mutex);
@@ -81,14 +82,16 @@ const char* launch(const char* name, Entry entry, const void* args, size_t bytes
   if (block > most_threads) return refuse(" takes blocks of up to ", most_threads, " threads but was given ", block);
   std::vector<std::max_align_t> aligned(bytes / sizeof(std::max_align_t) + 1);
   std::memcpy(aligned.data(), args, bytes);
+  const char* result = nullptr;
+  races::begin_launch(name);
   try {
-    races::begin_launch(name);
     run_grid({name, entry, aligned.data(), {{0}, {0}, {block}, {grid}}, shared_bytes, seed}, os_threads);
   } catch (const Failure& failure) {
     error = failure.what;
-    return error.c_str();
+    result = error.c_str();
   }
-  return nullptr;
+  races::end_launch();
+  return result;
 }
 
 }  // namespace shim

@@ -73,7 +73,8 @@ class Threads {
   Failure failure_;
 };
 
-void run(Block& block) { Threads(block).run(); }
-void arrive(Block&, const char* file, int line) { Threads::active()->wait({file, line}); }
+struct Worker {};  // what an OS thread keeps from block to block
+void run(Block& block, Worker&) { Threads(block).run(); }
+void arrive(const char* file, int line) { Threads::active()->wait({file, line}); }
 
 }  // namespace shim

@@ -51,12 +51,13 @@ TOY(ring) {
   const auto fetch = [&](int row) {
     if (row < rows) {
       float* to = shared + row % 3 * width + t;
-      if (args.bug == kMisaligned) shim::async_copy(to, reinterpret_cast<const char*>(args.in + row * width + t) + 2, 4);
-      else if (args.bug == kOddSize) shim::async_copy(to, args.in + row * width + t, 2);
-      else if (args.bug == kNotShared) shim::async_copy(args.out + t, args.in + row * width + t, 4);
+      const float* from = args.in + row * width + t;
+      if (args.bug == kMisaligned) shim::async_copy(to, reinterpret_cast<const char*>(from) + 2, 4);
+      else if (args.bug == kOddSize) shim::async_copy(to, from, 2);
+      else if (args.bug == kNotShared) shim::async_copy(args.out + t, from, 4);
       else if (args.bug == kFromShared) shim::async_copy(to, shared, 4);
-      else if (args.bug == kOverflow) shim::async_copy(to + 3 * width, args.in + row * width + t, 4);
-      else shim::async_copy(to, args.in + row * width + t, 4);
+      else if (args.bug == kOverflow) shim::async_copy(to + 3 * width, from, 4);
+      else shim::async_copy(to, from, 4);
     }
     if (args.bug != kNoCommit) shim::async_commit();
   };
