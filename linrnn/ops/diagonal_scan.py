@@ -7,6 +7,7 @@ from linrnn.kernels import coefficient_dtype, state_dtype
 from linrnn.ops._backend import choose, unwatched
 
 _STATE_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+DTYPES = (torch.float16, torch.bfloat16, *_STATE_DTYPES)
 
 
 def diagonal_scan_reference(a, x, initial_state, reset, mask, reverse):
@@ -118,8 +119,8 @@ def _check(a, x, initial_state, reset, mask) -> tuple[int, int]:
             f"a must be (D,), (T, D) or (B, T, D) with (B, T, D) = {(B, T, D)} from x, got shape {tuple(a.shape)}"
         )
     for name, v in (("a", a), ("x", x), ("initial_state", initial_state)):
-        if v is not None and not (v.is_floating_point() or v.is_complex()):
-            raise ValueError(f"{name} must be floating point or complex, got {v.dtype}")
+        if v is not None:
+            check_dtype(name, v)
     if initial_state is not None and initial_state.shape != (B, D):
         raise ValueError(f"initial_state must be (B, D) = {(B, D)}, got shape {tuple(initial_state.shape)}")
     for name, v in (("reset", reset), ("mask", mask)):
@@ -129,6 +130,12 @@ def _check(a, x, initial_state, reset, mask) -> tuple[int, int]:
         if v is not None and v.device != x.device:
             raise ValueError(f"{name} is on {v.device} but x is on {x.device}; move them to one device")
     return B, D
+
+
+def check_dtype(name: str, v: Tensor) -> None:
+    if v.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"{name} must be floating point or complex, one of {names}, got {v.dtype}")
 
 
 def promote(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:

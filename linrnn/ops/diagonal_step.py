@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from linrnn.ops._backend import choose, unwatched
-from linrnn.ops.diagonal_scan import promote
+from linrnn.ops.diagonal_scan import check_dtype, promote
 
 
 def diagonal_step_reference(a, x, state, index):
@@ -96,8 +96,7 @@ def _check(a, x, state, index, out) -> None:
         if low < -1 or high >= len(state):
             raise IndexError(f"index must be in [-1, {len(state) - 1}], got {low if low < -1 else high}")
     for name, v in (("a", a), ("x", x), ("state", state)):
-        if not (v.is_floating_point() or v.is_complex()):
-            raise ValueError(f"{name} must be floating point or complex, got {v.dtype}")
+        check_dtype(name, v)
     for name, v in (("a", a), ("state", state), ("index", index), ("out", out)):
         if v is not None and v.device != x.device:
             raise ValueError(f"{name} is on {v.device} but x is on {x.device}; move them to one device")
