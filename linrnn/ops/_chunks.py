@@ -16,7 +16,10 @@ from linrnn.ops.diagonal_scan import diagonal_scan
 
 def chunk_length(T: int, chunk_size: int) -> int:
     """The power of two that covers min(T, chunk_size)."""
-    return 1 << (min(T, chunk_size) - 1).bit_length()
+    C = 1
+    while C < T and C < chunk_size:  # comparisons alone, so that a symbolic T stays one
+        C *= 2
+    return C
 
 
 def to_chunks(x: Tensor, C: int) -> Tensor:
