@@ -78,7 +78,7 @@ def forward(
     final_state = x.new_empty((x.shape[0], x.shape[2]), dtype=state_dtype(x.dtype))
     if h.numel() == 0:
         return h, final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
-    V = 2 if _paired(a) and _paired(x) and _paired(h) else 1
+    V = _channels(x, a, h)
     layout = _layout(False, a.dtype, x.dtype, V, a.ndim == 1, flags is not None, x.shape, _device(x), plan)
     _launch(
         layout,
@@ -114,7 +114,7 @@ def backward(
     if h.numel() == 0:
         grad_a = a.new_zeros(a.shape) if needs_grad_a else None
         return grad_x, grad_a, grad_s.zero_() if grad_final_state is None else grad_s.copy_(grad_final_state)
-    V = 2 if _paired(a) and _paired(h) and _paired(grad_x) and _paired(grad_h) else 1
+    V = _channels(h, a, grad_h, grad_x)
     layout = _layout(True, a.dtype, h.dtype, V, a.ndim == 1, flags is not None, h.shape, _device(h), plan)
     grad_a = empty_gradient_of_a(a, h, layout.parts, layout.product_dtype) if needs_grad_a else None
     # The pass runs from the last token on, and beside each token it reads the row before it.
@@ -262,11 +262,14 @@ def _aligned(v: Tensor) -> Tensor:
     return v.clone() if v.data_ptr() % v.itemsize else v
 
 
+def _channels(x: Tensor, *others: Tensor) -> int:
+    """Of a column: 2 where x is of half precision and all rows can be moved in pairs, else 1."""
+    return 2 if x.itemsize == 2 and all(_paired(v) for v in (x, *others)) else 1
+
+
 def _paired(v: Tensor) -> bool:
-    """Whether two neighbours can be moved as one, in every row."""
     return (
-        v.itemsize < 8
-        and v.shape[-1] % 2 == 0
+        v.shape[-1] % 2 == 0
         and v.data_ptr() % (2 * v.itemsize) == 0
         and all(stride % 2 == 0 for stride in v.stride()[:-1])
     )
