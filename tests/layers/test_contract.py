@@ -372,6 +372,7 @@ def test_traces_without_breaks(name: str, bidirectional: bool, arguments: set[st
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # torch's own imports
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning")
+@pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # its own lowerings
 @pytest.mark.slow
 @each_way
 def test_inductor(name: str, bidirectional: bool) -> None:
