@@ -301,6 +301,16 @@ def test_padding_is_invisible_whatever_stands_there(case):
                 assert (grads[name][b, ~real] == 0).all()
 
 
+@each_case
+@pytest.mark.parametrize("with_state", (False, True))
+def test_a_row_of_padding_leaves_the_state(case, with_state):
+    inputs, state = case.inputs(2, 9), case.state(2) if with_state else None
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    o, final = case.call(inputs, state, mask=mask, **case.fast[0])
+    _, untouched = case.call(part(case, inputs, slice(None), slice(0, 0)), state, **case.fast[0])
+    assert (o == 0).all() and all(torch.equal(x, y) for x, y in zip(final, untouched, strict=True))
+
+
 SMALL = ("retnet", "mamba2", "gla", "complex per channel", "normalized, decayed", "exponential, decayed")
 SMALL += ("gated deltanet", "channel gated deltanet", "rwkv7", "rwkv4", "complex rwkv4", "conv")
 
