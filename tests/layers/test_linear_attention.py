@@ -121,6 +121,25 @@ def test_half_precision(name: str, rope: bool, dtype: torch.dtype) -> None:
     assert (y - expected).norm() < 5 * torch.finfo(dtype).eps * expected.norm()
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_sums_that_float16_does_not_hold(bidirectional: bool) -> None:
+    layer = make("elu", rope=True, bidirectional=bidirectional).half()
+    x = 20 * torch.randn(2, 1000, D).half()  # φ(q) · z is about a million
+    with torch.no_grad():
+        y = layer(x)[0].double()
+        expected = layer.double()(x.double())[0]
+    assert (y - expected).norm() < 5 * torch.finfo(torch.float16).eps * expected.norm()
+
+
+@pytest.mark.parametrize(("name", "bidirectional"), [("softmax", False), ("softmax", True), ("cosine", False)])
+def test_traces_without_breaks(name: str, bidirectional: bool) -> None:
+    layer = make(name, rope=name == "cosine", bidirectional=bidirectional)
+    x, flags = torch.randn(2, 6, D, dtype=torch.float64), torch.arange(6) < torch.tensor([[6], [4]])
+    torch._dynamo.reset()
+    y, _ = torch.compile(layer, fullgraph=True, backend="eager")(x, reset=~flags, mask=flags)
+    torch.testing.assert_close(y, layer(x, reset=~flags, mask=flags)[0])
+
+
 def some_features(name: str) -> tuple[Features, Tensor]:
     q, k, v = torch.randn(3, 2, T, 2, 6, dtype=torch.float64)
     kind = find_map(name)
@@ -132,6 +151,15 @@ def some_features(name: str) -> tuple[Features, Tensor]:
 def test_rows_of_the_attention_matrix_sum_to_one(name: str, run: Any) -> None:
     features, v = some_features(name)
     torch.testing.assert_close(run(find_map(name), features, torch.ones_like(v)), torch.ones_like(v), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+@pytest.mark.parametrize("run", [lambda *args, **kwargs: causal(*args, **kwargs)[0], noncausal])
+def test_padding_may_hold_anything(name: str, run: Any) -> None:
+    kind, ((q, k), v) = find_map(name), some_features(name)
+    real = torch.rand(T) < 0.7
+    o = run(kind, Features(q, k), v, mask=real.expand(2, T))[:, real]
+    torch.testing.assert_close(o, run(kind, Features(q[:, real], k[:, real]), v[:, real]))
 
 
 @pytest.mark.parametrize("name", ["elu", "exp", "taylor"])

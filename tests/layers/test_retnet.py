@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linrnn.layers import RetNet
-from linrnn.ops import diagonal_scan
+from linrnn.ops import diagonal_scan, linear_attention
 
 D, H, T = 16, 2, 50
 K = D // H
@@ -67,7 +67,7 @@ def test_equals_a_diagonal_scan_with_complex_decay() -> None:
 def test_many_steps_keep_the_phase() -> None:
     # a state in the frame of the last token: the angle of a step does not grow with time
     layer = RetNet(D, n_heads=H)
-    x = torch.randn(1, 3000, D)
+    x = torch.randn(1, 1000, D)
     with torch.no_grad():
         y, _ = layer(x)
         state = layer.init_state(1)
@@ -76,6 +76,34 @@ def test_many_steps_keep_the_phase() -> None:
         expected = layer.double()(x.double())[0]
     for ours in (y[:, -1], y_t):
         assert (ours - expected[:, -1]).norm() < 1e-4 * expected[:, -1].norm()
+
+
+def test_late_tokens_are_as_exact_as_early_ones() -> None:
+    layer = RetNet(D, n_heads=H)
+    x = torch.randn(1, 20_000, D)
+    with torch.no_grad():
+        y, expected = layer(x)[0], layer.double()(x.double())[0]
+    for part in (slice(0, 1000), slice(19_000, None)):
+        assert (y - expected)[:, part].norm() < 2e-6 * expected[:, part].norm()
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_constant_decay_equals_lightning_attention_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
+    config = transformers.MiniMaxConfig(
+        hidden_size=D, num_attention_heads=H, head_dim=8, num_hidden_layers=2, block_size=16, vocab_size=10
+    )
+    oracle = MiniMaxLightningAttention(config, layer_idx=0).eval()
+    x = torch.randn(2, T, D)
+    with torch.no_grad():
+        expected, expected_state = oracle(x, (x, x), None)[:2]
+        q, k, v = F.silu(oracle.qkv_proj(x)).view(2, T, H, 24).chunk(3, -1)
+        o, state = linear_attention(q, k, v, log_decay=-oracle.slope_rate.flatten(), scale=1.0)
+        y = oracle.out_proj(torch.sigmoid(oracle.output_gate(x)) * oracle.norm(o.flatten(2)))
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
