@@ -50,6 +50,19 @@ def test_the_state_of_a_short_sequence_has_the_older_inputs():
     assert torch.equal(last, torch.cat((state[:, 2:], x[:, :2]), 1))
 
 
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("at", (T - 1, T - 2, T - 5))
+def test_a_reset_near_the_end_clears_the_state(masked, at):
+    """Also where the reset stands on padding."""
+    x, weight, bias = make()
+    reset, mask = torch.zeros(B, T, dtype=torch.bool), torch.ones(B, T, dtype=torch.bool)
+    reset[:, at], mask[:, at - 1 : T - 1] = True, not masked
+    options = {"reset": reset, "mask": mask if masked else None}
+    wanted = causal_conv1d(x, weight, bias, backend="reference", **options)
+    torch.testing.assert_close(causal_conv1d(x, weight, bias, **options), wanted)
+    assert (wanted[1] == 0).any() or at == T - 5
+
+
 def test_the_state_does_not_keep_the_sequence_alive():
     x, weight, _ = make()
     _, state = causal_conv1d(x, weight)
