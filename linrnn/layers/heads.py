@@ -64,6 +64,10 @@ class HeadNorm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def optim_hints(self) -> dict[str, dict[str, float]]:
+        """No weight decay on gains and biases, also where they are matrices."""
+        return {name: {"weight_decay": 0.0} for name, _ in self.named_parameters()}
+
     def forward(self, o: Tensor) -> Tensor:
         """Maps o (..., H, V) to the same shape and dtype; the statistics are at least float32."""
         dtype = accumulation_dtype(o.dtype)

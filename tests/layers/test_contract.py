@@ -13,6 +13,7 @@ from torch import Tensor
 from linrnn import layers
 from linrnn.decode.state import leaves, map_leaves, nbytes
 from linrnn.layers import RecurrentLayer
+from linrnn.models.optim import param_groups
 
 D = 16
 NAMES = layers.available()
@@ -479,6 +480,7 @@ def test_constructor_takes_d_model_then_keywords(name: str) -> None:
 @each_layer
 def test_optim_hints_name_parameters(name: str) -> None:
     layer = make(name)
+    param_groups(layer, 1e-3, 0.1)  # asks every module inside, for its own parameters only
     own = dict(layer.named_parameters())
     for parameter, hint in layer.optim_hints().items():
         assert parameter in own

@@ -188,6 +188,20 @@ def test_beta_covers_its_range() -> None:
         torch.testing.assert_close(key @ after.S[0, 0], expected * (key @ state.S[0, 0]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layer_type", [DeltaNet, GatedDeltaNet])
+def test_reflections_in_half_precision_stay_in_the_unit_ball(layer_type: Any) -> None:
+    # β of 2 and a key rounded to bf16 have an eigenvalue below -1: over many tokens the state would explode
+    layer = layer_type(D, n_heads=1, conv="none", allow_neg_eigval=True).bfloat16()
+    with torch.no_grad():
+        layer.beta.weight.fill_(100)
+        if layer_type is GatedDeltaNet:
+            layer.A_log.fill_(-100)
+        layer.qkv.weight[2 * D :].zero_()
+        state = layer.init_state(16)._replace(S=torch.randn(16, 1, D, D))
+        _, after = layer(torch.rand(16, 1, D).bfloat16().expand(16, 2000, D), state)  # one key a row, again and again
+    assert (after.S.flatten(1).norm(dim=1) < 1.001 * state.S.flatten(1).norm(dim=1)).all()
+
+
 def test_initialisation() -> None:
     torch.manual_seed(1)
     layer = GatedDeltaNet(64, n_heads=4096, d_key=1, d_value=1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from linrnn.layers import RWKV7
 from linrnn.layers.rwkv7 import low_rank
+from linrnn.models.optim import param_groups
 
 D, H = 16, 2
 
@@ -113,6 +114,14 @@ def test_initialisation() -> None:
     assert RWKV7(64, n_heads=4, zero_init=True)(torch.randn(1, 3, 64))[0].abs().max() == 0
     assert [low_rank(size, 2.5) for size in (16, 64, 768, 4096)] == [16, 32, 64, 160]  # of the official models
     assert RWKV7(64).w1.shape == RWKV7(64).a2.mT.shape == (64, 32) and RWKV7(64).g1.shape == (64, low_rank(64, 5.0))
+
+
+def test_only_the_projections_decay() -> None:
+    layer = RWKV7(D)
+    projections = {id(m.weight) for m in (layer.receptance, layer.key, layer.value, layer.output)}
+    groups = param_groups(layer, 1e-3, 0.1)
+    assert {id(p) for group in groups if group["weight_decay"] for p in group["params"]} == projections
+    assert [p is layer.w0 for group in groups if group["lr"] == 2e-3 for p in group["params"]] == [True]
 
 
 @pytest.mark.parametrize(
