@@ -455,3 +455,14 @@ def test_meta_tensors_give_shapes(case):
     meta = [{n: v.to("meta") for n, v in part.items()} for part in (inputs, state)]
     o_meta, final_meta = case.call(*meta, **case.fast[0])
     assert [v.shape for v in (o_meta, *final_meta)] == [v.shape for v in (o, *final)] and o_meta.is_meta
+
+
+@pytest.mark.parametrize("name", ("rwkv4", "conv"))
+def test_compile_of_a_second_length(name):
+    """torch.compile then makes T a symbol, which no arithmetic of ours may stumble over."""
+    functions = {}
+    for T in (11, 21):
+        function, tensors = flat(CASES[name], 2, T, **CASES[name].fast[0])
+        compiled = functions.setdefault(name, torch.compile(function, fullgraph=True, backend="aot_eager"))
+        same(list(compiled(*tensors)), list(function(*tensors)))
+    torch.compiler.reset()
