@@ -56,6 +56,10 @@ def _missing(backend: str, device_index: int) -> str | None:
     """Why a compiled backend cannot run on this machine, with the cure; None if it can."""
     if backend == "cpu":
         return _cpu_library_missing()
+    if backend == "triton":
+        from linrnn.kernels import triton
+
+        return triton.unavailable(device_index)
     from linrnn.kernels import cuda
 
     return cuda.unavailable(device_index)
@@ -81,12 +85,17 @@ def _warn_once(message: str) -> None:
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is active."""
+    return _forward_ad._current_level >= 0 or _are_functorch_transforms_active()
+
+
 def unwatched(tensors: tuple[Tensor, ...]) -> bool:
     """Whether no torch.func transform, forward-mode AD, trace, dispatch mode or tensor subclass sees these tensors.
 
     A kernel may then be called on them directly, past the dispatcher and its overhead.
     """
-    if _forward_ad._current_level >= 0 or _are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0:
+    if transformed() or _len_torch_dispatch_stack() > 0:
         return False
     if _get_tracing_state() is not None:
         return False

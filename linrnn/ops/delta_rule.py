@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from linrnn.ops import _inputs
+from linrnn.ops import _inputs, _triton
 from linrnn.ops._backend import choose
 from linrnn.ops._chunks import (
     Row,
@@ -69,7 +69,8 @@ def delta_rule(
         mode: "chunk" (the UT transform: one triangular inverse and matrix products per chunk), "recurrent" (token by
             token; also what a T of 1 takes), "parallel" (one chunk) or "reference".
         chunk_size: of the chunk form; rounded up to a power of two.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "torch", "reference", or "triton" (which "auto" takes on CUDA, in float32 and half precision;
+            chunks of 16 to 64 tokens, token by token in one kernel where no gradient is asked for).
 
     Returns:
         o, (B, T, H, V), in the common dtype of q, k and v; and the final state, in at least float32.
@@ -81,28 +82,35 @@ def delta_rule(
     """
     sizes = _check(q, k, v, beta, log_decay, reset, mask)
     _inputs.check_mode(mode, chunk_size)
-    if choose(backend, q, ()) == "reference":
+    chosen = choose(backend, q, _triton.BACKENDS)
+    if chosen == "reference":
         mode = "reference"
     out_dtype, wide = _inputs.dtypes((q, k, v), log_decay)
-    q, k, v, beta = q.to(wide), k.to(wide), v.to(wide), beta.to(wide)
-    log_decay = None if log_decay is None else log_decay.to(wide)
     scale = sizes["K"] ** -0.5 if scale is None else scale
-    q = q if scale == 1.0 else q * scale
+    call, narrow = None, wide
+    if chosen == "triton" and _triton.fits(backend, mode, wide):
+        call, narrow = _triton.Call(scale, out_dtype), out_dtype
+    q, k, v, beta = q.to(narrow), k.to(narrow), v.to(narrow), beta.to(wide)
+    log_decay = None if log_decay is None else log_decay.to(wide)
+    q = q if scale == 1.0 or call is not None else q * scale
     with _inputs.full_precision(q.device.type):
         state = _inputs.matrix_state(initial_state, sizes, wide, q.device)
-        o, state = _run(q, k, v, beta, log_decay, state, reset, mask, mode, chunk_size)
+        o, state = _run(q, k, v, beta, log_decay, state, reset, mask, mode, chunk_size, call)
         return o.to(out_dtype), state
 
 
-def _run(q, k, v, beta, log_decay, state, reset, mask, mode, chunk_size) -> tuple[Tensor, Tensor]:
+def _run(q, k, v, beta, log_decay, state, reset, mask, mode, chunk_size, call=None) -> tuple[Tensor, Tensor]:
     B, T, H, K = q.shape
     if T == 0:
-        return v, q.new_zeros(B, H, K, v.shape[-1]) if state is None else state.clone()
-    if state is None and (mode in ("reference", "recurrent") or T == 1):
+        return v, q.new_zeros((B, H, K, v.shape[-1]), dtype=beta.dtype) if state is None else state.clone()
+    if state is None and call is None and (mode in ("reference", "recurrent") or T == 1):
         state = q.new_zeros(B, H, K, v.shape[-1])
     if mode == "reference":
         return delta_rule_reference(q, k, v, beta, log_decay, state, reset, mask)
     log_decay, (q, k, v, beta) = _inputs.fold_flags(log_decay, reset, mask, q, q, k, v, beta)
+    if call is not None:
+        recurrent = mode == "recurrent" or T == 1
+        return _triton.run(call, q, k, v, beta, log_decay, state, chunk_size, recurrent)
     if mode == "recurrent" or T == 1:
         return _recurrent(q, k, v, beta, log_decay, state)
     return _chunked(q, k, v, beta, log_decay, state, chunk_length(T, T if mode == "parallel" else chunk_size))

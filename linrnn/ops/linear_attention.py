@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from linrnn.ops import _inputs
+from linrnn.kernels import state_dtype
+from linrnn.ops import _inputs, _triton
 from linrnn.ops._backend import choose
 from linrnn.ops._chunks import (
     Row,
@@ -85,7 +86,8 @@ def linear_attention(
         mode: "chunk" (matrix products within chunks of time, a scan between them), "recurrent" (token by token; also
             what a T of 1 takes), "parallel" (one chunk: work quadratic in T) or "reference".
         chunk_size: of the chunk form; rounded up to a power of two.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "torch", "reference", or "triton" (which "auto" takes on CUDA, in float32 and half precision;
+            chunks of 16 to 64 tokens, token by token in one kernel where no gradient is asked for).
 
     Returns:
         o, (B, T, H, V), in the common dtype of q, k and v; and the final state, in at least float32.
@@ -97,7 +99,8 @@ def linear_attention(
     """
     sizes = _check(q, k, v, log_decay, reset, mask)
     _inputs.check_mode(mode, chunk_size)
-    if choose(backend, q, ()) == "reference":
+    chosen = choose(backend, q, _triton.BACKENDS)
+    if chosen == "reference":
         mode = "reference"
     if log_features and (not normalize or eps != 0.0):
         raise ValueError(
@@ -107,20 +110,24 @@ def linear_attention(
     out_dtype, wide = _inputs.dtypes((q, k, v), log_decay)
     if log_features and wide.is_complex:
         raise ValueError(f"log_features=True needs real inputs, got {wide}")
-    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    scale = 1.0 if normalize else sizes["K"] ** -0.5 if scale is None else scale
+    call, narrow = None, wide
+    if chosen == "triton" and _triton.fits(backend, mode, wide):
+        call = _triton.Call(scale, wide if normalize else out_dtype)
+        narrow = wide if log_features else out_dtype
+    q, k, v = q.to(narrow), k.to(narrow), v.to(narrow)
     if log_decay is not None:
         log_decay = log_decay.to(wide if log_decay.is_complex() else _inputs.real_dtype(wide))
         if log_decay.is_complex():
             log_decay = torch.complex(log_decay.real.clamp(min=_inputs.FORGET), log_decay.imag)
-    scale = 1.0 if normalize else sizes["K"] ** -0.5 if scale is None else scale
-    q = q if scale == 1.0 else q * scale
+    q = q if scale == 1.0 or call is not None else q * scale
 
     with _inputs.full_precision(q.device.type):
         if not normalize:
             S = _inputs.matrix_state(initial_state, sizes, wide, q.device)
-            o, S = _run(q, k, v, log_decay, S, reset, mask, mode, chunk_size)
+            o, S = _run(q, k, v, log_decay, S, reset, mask, mode, chunk_size, call)
             return o.to(out_dtype), S
-        S, z, m = _normalized(initial_state, q, sizes, log_features)
+        S, z, m = _normalized(initial_state, q, wide, sizes, log_features)
         state = torch.cat((S, z[..., None]), -1)
         unit = None
         if m is not None:
@@ -129,9 +136,8 @@ def linear_attention(
             state = state * (m - m.detach()).exp()[..., None]
             q, k, log_decay, m, unit = _exponentiate(q, exponent, marked, m)
         # the denominator is one more column of values, of ones
-        o, state = _run(
-            q, k, torch.cat((v, torch.ones_like(v[..., :1])), -1), log_decay, state, reset, mask, mode, chunk_size
-        )
+        v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
+        o, state = _run(q, k, v, log_decay, state, reset, mask, mode, chunk_size, call)
         state = scaled(state, unit)
         below = o[..., -1:] + eps
         o = o[..., :-1] / torch.where(below == 0, 1, below)
@@ -158,14 +164,18 @@ def _exponentiate(q: Tensor, k: Tensor, log_decay: Tensor | None, m0: Tensor):
     return q, (k - m).exp(), change, last, unit[..., None]
 
 
-def _run(q, k, v, log_decay, state, reset, mask, mode, chunk_size) -> tuple[Tensor, Tensor]:
+def _run(q, k, v, log_decay, state, reset, mask, mode, chunk_size, call=None) -> tuple[Tensor, Tensor]:
     B, T, H, K = q.shape
     if T == 0:
-        return v, q.new_zeros(B, H, K, v.shape[-1]) if state is None else state.clone()
+        zero = q.new_zeros((B, H, K, v.shape[-1]), dtype=state_dtype(q.dtype))
+        return v, zero if state is None else state.clone()
     if mode == "reference":
         zero = q.new_zeros(B, H, K, v.shape[-1]) if state is None else state
         return linear_attention_reference(q, k, v, log_decay, zero, reset, mask)
     log_decay, (q, k, v) = _inputs.fold_flags(log_decay, reset, mask, q, q, k, v)
+    if call is not None:
+        recurrent = mode == "recurrent" or T == 1
+        return _triton.run(call, q, k, v, None, log_decay, state, chunk_size, recurrent)
     if mode == "recurrent" or T == 1:
         return _recurrent(q, k, v, log_decay, state)
     return _chunked(q, k, v, log_decay, state, chunk_length(T, T if mode == "parallel" else chunk_size))
@@ -220,10 +230,10 @@ def _check(q, k, v, log_decay, reset, mask) -> dict[str, int]:
     return sizes
 
 
-def _normalized(state, q: Tensor, sizes: dict[str, int], log_features: bool) -> NormalizedState:
+def _normalized(state, q: Tensor, wide: torch.dtype, sizes: dict[str, int], log_features: bool) -> NormalizedState:
     """The initial state, checked, or a zero one."""
     if state is None:
-        z = q.new_zeros([sizes[letter] for letter in "BHK"])
+        z = q.new_zeros([sizes[letter] for letter in "BHK"], dtype=wide)
         m = torch.full_like(z, nothing(z.dtype)) if log_features else None
         return NormalizedState(z.new_zeros(*z.shape, sizes["V"]), z, m)
     if not isinstance(state, tuple) or len(state) != 3 or (state[2] is not None) != log_features:
@@ -238,6 +248,6 @@ def _normalized(state, q: Tensor, sizes: dict[str, int], log_features: bool) -> 
         if part is not None:
             _inputs.check_shape(f"initial_state.{name}", part, letters, sizes)
             _inputs.check_device(f"initial_state.{name}", part, q.device)
-            part = _inputs.widen(f"initial_state.{name}", part, q.dtype)
+            part = _inputs.widen(f"initial_state.{name}", part, wide)
         parts.append(part)
     return NormalizedState(*parts)

@@ -1,0 +1,121 @@
+"""How a problem is laid out for the Triton kernels: chunk, tiles, the dtype of products, the sums of log decays."""
+
+import contextlib
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linrnn.kernels.triton.chunks import channel_sums
+from linrnn.kernels.triton.tiles import CHANNEL, HEAD, NONE
+
+KINDS = {0: NONE, 3: HEAD, 4: CHANNEL}  # of decay, by the number of dimensions
+
+# operands of products, and how float32 ones are multiplied. A float16 product may overflow where its float32 sums do
+# not; tf32 holds all bits of float16.
+PRODUCTS = {
+    torch.bfloat16: (tl.bfloat16, "tf32"),
+    torch.float16: (tl.float32, "tf32"),
+    torch.float32: (tl.float32, "tf32x3"),
+}
+STORED = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The chunk, 2^levels tokens, the most keys and values in a tile, and what Triton is told of each launch."""
+
+    levels: int
+    K: int
+    V: int
+    num_warps: int
+    num_stages: int
+
+
+def layout(T: int, K: int, V: int, dtype: torch.dtype, kind: int, delta: bool, chunk_size: int) -> Layout:
+    """The largest tiles whose kernels stay within the registers; a test compiles them all.
+
+    tl.dot takes no less than 16, and the sums of log decays are exact up to 64 tokens. tf32x3 takes three products
+    and the halves of both operands: the kernels with many of them get by with 16 tokens.
+    """
+    channel = kind == CHANNEL.value
+    exact = PRODUCTS[dtype][1] == "tf32x3"
+    longest = 16 if exact and (channel or delta) else 64
+    C = max(16, min(longest, triton.next_power_of_2(min(T, chunk_size))))
+    widest = 64 if dtype == torch.bfloat16 and not channel else 32
+    BK, BV = (max(16, min(widest, triton.next_power_of_2(width))) for width in (K, V))
+    return Layout(C.bit_length() - 1, BK, BV, 8 if C == 64 else 4, 1 if exact else 2)
+
+
+def decay_kind(log_decay: Tensor | None) -> int:
+    return KINDS[0 if log_decay is None else log_decay.ndim].value
+
+
+class Problem:
+    """Shapes, blocks and decays of one call; q, k (B, T, H, K) and v (B, T, H, V) of one dtype, at least one token.
+
+    log_decay: None, (B, T, H) or (B, T, H, K). Its sums, where there is one per channel, are made here.
+    """
+
+    def __init__(self, q: Tensor, v: Tensor, log_decay: Tensor | None, chunk_size: int, delta: bool = False) -> None:
+        self.B, self.T, self.H, self.K = q.shape
+        self.V = v.shape[-1]
+        self.kind = decay_kind(log_decay)
+        self.layout = layout(self.T, self.K, self.V, q.dtype, self.kind, delta, chunk_size)
+        self.C = 1 << self.layout.levels
+        self.n = -(-self.T // self.C)
+        self.q, self.v = q, v
+        self.dot, self.precision = PRODUCTS[q.dtype]
+        self.stored = STORED[q.dtype]
+        self.log_decay = None if log_decay is None else log_decay.contiguous()
+        self.decay, self.part = self.log_decay, 0
+        if self.kind == CHANNEL.value:
+            W = self.H * self.K
+            self.decay = q.new_empty((2, self.B, self.n * self.C, W), dtype=torch.float32)
+            self.part = self.decay.stride(0)
+            grid = (self.B * self.n, triton.cdiv(W, 32))
+            channel_sums[grid](self.log_decay, self.decay, self.part, self.T, W, self.n, C=self.C, BW=32)
+
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        return self.T, self.H, self.K, self.V, self.n
+
+    def states(self) -> Tensor:
+        """Room for one state per chunk."""
+        return self.q.new_empty((self.B, self.H, self.n, self.K, self.V), dtype=torch.float32)
+
+    def state(self) -> Tensor:
+        return self.q.new_empty((self.B, self.H, self.K, self.V), dtype=torch.float32)
+
+    def pairs(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Room for one number per pair of tokens of a chunk."""
+        return self.q.new_empty((self.B, self.H, self.n, self.C, self.C), dtype=dtype)
+
+    def written(self) -> Tensor:
+        """Room for a sequence of values, in the dtype that products take."""
+        return torch.empty_like(self.v, dtype=self.stored)
+
+    def blocks_of_keys(self) -> int:
+        return triton.cdiv(self.K, self.layout.K)
+
+    def blocks_of_values(self) -> int:
+        return triton.cdiv(self.V, self.layout.V)
+
+    def options(self, values: bool = True) -> dict:
+        """What kernels with products of tiles take; those without values have no BV."""
+        return {
+            "DECAY": self.kind,
+            "LEVELS": self.layout.levels,
+            "BK": self.layout.K,
+            **({"BV": self.layout.V} if values else {}),
+            "DOT": self.dot,
+            "PRECISION": self.precision,
+            "num_warps": self.layout.num_warps,
+            "num_stages": self.layout.num_stages,
+        }
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
