@@ -120,7 +120,8 @@ def peers(device: torch.device) -> dict[str, dict[str, tuple[Op, int]]]:
         return found
 
     def mamba2(q, k, v, g):  # its decay is A * dt and its value x * dt
-        return mamba2_chunk_scan(v / -g[..., None], -g, -torch.ones(H), k, q * K**-0.5, chunk_size=64, return_final_states=True)[0]
+        x, A = v / -g[..., None], -torch.ones(H)
+        return mamba2_chunk_scan(x, -g, A, k, q * K**-0.5, chunk_size=64, return_final_states=True)[0]
 
     found["decay per token (Mamba-2)"]["transformers Mamba-2"] = (mamba2, QUADRATIC * 4)
     found["gated delta rule"]["transformers Qwen3-Next"] = (
