@@ -1,13 +1,13 @@
 """The time mixing of RWKV-7 "Goose" (Peng et al. 2025, arXiv:2503.14456): a generalised delta rule.
 
-    z_t = x_t + μ_z (x_{t-1} - x_t)  for z = r, w, k, v, a, g        each a mix of a token and the one before
-    w_t = exp(-e^{-1/2} σ(w0 + tanh(w_t W1) W2))                     decay of each key channel, in (0.545, 1)
-    a_t = σ(a0 + a_t A1 A2)                                          in-context learning rate of each key channel
-    κ_t = k_t W_k ξ,  κ̂_t = κ_t / |κ_t| per head                     what is removed
-    k̃_t = k_t W_k (1 + (a_t - 1) α),  v_t = v_t W_v                  what is written
-    S_t = S_{t-1} (diag(w_t) - κ̂_t^T (a_t κ̂_t)) + v_t^T k̃_t          one matrix per head (row vectors)
-    p_t = GroupNorm(S_t r_t^T) + (r_t · (ρ k̃_t)) v_t                 r_t = r_t W_r; the last term is the bonus
-    y_t = W_o (p_t σ(g_t G1) G2)
+    x^z_t = x_t + μ_z (x_{t-1} - x_t)                            z = r, w, k, v, a, g: mixes with the token before
+    w_t = exp(-e^{-1/2} σ(w0 + tanh(x^w_t W1) W2))               decay of each key channel, in (0.545, 1)
+    a_t = σ(a0 + x^a_t A1 A2)                                    in-context learning rate of each key channel
+    κ̂_t = κ_t / |κ_t|,  κ_t = (x^k_t W_k) ξ                      what is removed; of length 1 per head
+    k_t = (x^k_t W_k) (1 + (a_t - 1) α),  v_t = x^v_t W_v        what is written
+    S_t = S_{t-1} (diag(w_t) - κ̂_t^T (a_t κ̂_t)) + v_t^T k_t      one matrix per head, all vectors are rows
+    p_t = GroupNorm(r_t S_t^T) + (r_t · ρ k_t) v_t               r_t = x^r_t W_r; the bonus of the current token
+    y_t = (p_t σ(x^g_t G1) G2) W_o
 
 ξ = k_k, α = k_a, ρ = r_k, μ_z = x_z. All layers but the first of the paper's models also mix v_t with the first layer's
 v_t. That is a connection between layers, not part of one, and left out here.
@@ -29,7 +29,7 @@ MIXED = ("r", "w", "k", "v", "a", "g")
 
 
 class RWKV7State(NamedTuple):
-    """x (B, D): the last token; S (B, H, K, K): keys to values, transposed. float32, float64 for a float64 layer."""
+    """x (B, D): the last token; S (B, H, K, V), V = K: the paper's S_t^T. float32, or float64 for a float64 layer."""
 
     x: Tensor
     S: Tensor

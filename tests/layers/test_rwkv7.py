@@ -97,11 +97,12 @@ def test_a_token_that_repeats_overwrites_its_value() -> None:
     torch.testing.assert_close(again.S[0, 0, 0], torch.arange(D, dtype=torch.float64))  # once, not twice
 
 
-def test_zero_tokens_have_finite_gradients() -> None:
-    layer, x = randomized(), torch.zeros(2, 5, D, dtype=torch.float64, requires_grad=True)
-    y, _ = layer(x)
+def test_tokens_of_zeros_have_bounded_gradients() -> None:
+    layer, x = randomized(), torch.randn(2, 9, D, dtype=torch.float64)
+    x[:, 3:6] = 0  # keys without a direction: κ̂ is used twice, so that 0 * its infinite slope stays 0
+    y, _ = layer(x.requires_grad_())
     y.sum().backward()
-    assert x.grad is not None and x.grad.isfinite().all() and x.grad.abs().max() < 1e9
+    assert x.grad is not None and x.grad.isfinite().all() and x.grad.abs().max() < 1e6
 
 
 def test_initialisation() -> None:
