@@ -77,9 +77,6 @@ class GLA(RecurrentLayer):
         self.norm.reset_parameters()
         self.conv.reset_parameters()
 
-    def optim_hints(self) -> dict[str, dict[str, float]]:
-        return {"decay_out.bias": {"weight_decay": 0.0}}
-
     def state_spec(self) -> StateSpec:
         shape = (self.n_heads, self.d_key, self.d_value)
         return {"S": (shape, accumulation_dtype(self.out.weight.dtype)), **self.conv.state_spec()}

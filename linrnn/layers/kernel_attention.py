@@ -15,7 +15,6 @@ from linrnn.ops import NormalizedState, diagonal_scan, linear_attention
 from linrnn.ops._inputs import full_precision
 from linrnn.ops._running_max import mark_flags, nothing, running_max
 
-
 # S (B, H, F, V), z (B, H, F) and m (B, H, F), of which z and m may be missing
 Sums: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
 
