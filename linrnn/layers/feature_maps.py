@@ -90,14 +90,19 @@ def find_map(name: str) -> FeatureMap:
 def orthogonal_features(n_features: int, K: int, *, generator: torch.Generator | None = None) -> Tensor:
     """Draws ω (n_features, K): every row is normal, N(0, I), and the rows of each block of K are orthogonal.
 
-    An orthogonal matrix drawn evenly, with the lengths of K-dimensional normal vectors (the chi distribution).
+    An orthogonal matrix drawn evenly, with the lengths of K-dimensional normal vectors (the chi distribution). Float64,
+    on the CPU, as `generator` must be.
     """
+
+    def normal() -> Tensor:
+        return torch.randn(K, K, dtype=torch.float64, device="cpu", generator=generator)
+
     blocks = []
     for start in range(0, n_features, K):
-        Q, R = torch.linalg.qr(torch.randn(K, K, dtype=torch.float64, generator=generator))
+        Q, R = torch.linalg.qr(normal())
         # a QR decomposition leaves the signs to the algorithm, and Q is not uniform until they are taken out
         Q = Q * torch.sgn(R.diagonal())
-        lengths = torch.randn(K, K, dtype=torch.float64, generator=generator).norm(dim=1)
+        lengths = normal().norm(dim=1)
         blocks.append((lengths[:, None] * Q)[: n_features - start])
     return torch.cat(blocks)
 

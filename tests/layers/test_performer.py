@@ -105,3 +105,10 @@ def test_exponents_of_any_size() -> None:
 def test_bad_number_of_features() -> None:
     with pytest.raises(ValueError, match="n_features: expected an integer >= 1, got 0"):
         Performer(16, n_features=0)
+
+
+def test_built_on_another_device() -> None:
+    with torch.device("meta"):
+        layer = Performer(16)
+    assert layer.omega.is_meta
+    assert Performer(16).to(torch.bfloat16).omega.dtype == torch.bfloat16
