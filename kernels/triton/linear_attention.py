@@ -163,7 +163,7 @@ def step(
     o = torch.empty_like(v, dtype=out_dtype)
     last = q.new_empty((B, H, K, V), dtype=torch.float32) if out is None else out
     BK = max(16, triton.next_power_of_2(K))
-    BV = max(1, min(triton.next_power_of_2(V), 4096 // BK))
+    BV = max(1, min(triton.next_power_of_2(V), 2048 // BK))
     with device_of(q):
         recurrent[(B * H, triton.cdiv(V, BV))](
             *(q, k, v, beta, log_decay, initial_state, last, o, T, H, K, V, scale),

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 import torch
 import triton
@@ -11,6 +12,7 @@ from torch import Tensor
 from linrnn.kernels.triton.chunks import channel_sums
 from linrnn.kernels.triton.tiles import CHANNEL, HEAD, NONE
 
+MAX_REGISTERS = 255  # of a thread; told so, ptxas no longer spills to have more blocks at once
 KINDS = {0: NONE, 3: HEAD, 4: CHANNEL}  # of decay, by the number of dimensions
 
 # operands of products, and how float32 ones are multiplied. A float16 product may overflow where its float32 sums do
@@ -34,19 +36,31 @@ class Layout:
     num_stages: int
 
 
-def layout(T: int, K: int, V: int, dtype: torch.dtype, kind: int, delta: bool, chunk_size: int) -> Layout:
+@functools.cache
+def warpgroup_products(device: torch.device) -> bool:
+    """Whether products take operands from shared memory (Hopper, and Blackwell of data centers), not from registers."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def layout(
+    T: int, K: int, V: int, dtype: torch.dtype, kind: int, delta: bool, chunk_size: int, warpgroups: bool
+) -> Layout:
     """The largest tiles whose kernels stay within the registers; a test compiles them all.
 
-    tl.dot takes no less than 16, and the sums of log decays are exact up to 64 tokens. tf32x3 takes three products
-    and the halves of both operands: the kernels with many of them get by with 16 tokens.
+    tl.dot takes no less than 16, and the sums of log decays are exact up to 64 tokens. Kernels with many products get
+    by with fewer where those hold their operands in registers, or, as tf32x3, three products and both their halves.
     """
     channel = kind == CHANNEL.value
     exact = PRODUCTS[dtype][1] == "tf32x3"
-    longest = 16 if exact and (channel or delta) else 64
-    C = max(16, min(longest, triton.next_power_of_2(min(T, chunk_size))))
-    widest = 64 if dtype == torch.bfloat16 and not channel else 32
-    BK, BV = (max(16, min(widest, triton.next_power_of_2(width))) for width in (K, V))
-    return Layout(C.bit_length() - 1, BK, BV, 8 if C == 64 else 4, 1 if exact else 2)
+    if warpgroups:
+        longest = 16 if exact and (channel or delta) else 64
+    else:
+        longest = 16 if exact or channel else 32 if delta else 64
+    C = longest if min(T, chunk_size) > 16 else 16
+    widest = 64 if warpgroups and dtype == torch.bfloat16 and not channel else 32
+    narrowest = 16 if dtype == torch.float16 and channel and delta else widest
+    BK, BV = (max(16, min(w, triton.next_power_of_2(width))) for w, width in ((widest, K), (narrowest, V)))
+    return Layout(C.bit_length() - 1, BK, BV, 8 if C > 16 else 4, 2 if dtype == torch.bfloat16 else 1)
 
 
 def decay_kind(log_decay: Tensor | None) -> int:
@@ -63,7 +77,8 @@ class Problem:
         self.B, self.T, self.H, self.K = q.shape
         self.V = v.shape[-1]
         self.kind = decay_kind(log_decay)
-        self.layout = layout(self.T, self.K, self.V, q.dtype, self.kind, delta, chunk_size)
+        warpgroups = warpgroup_products(q.device)
+        self.layout = layout(self.T, self.K, self.V, q.dtype, self.kind, delta, chunk_size, warpgroups)
         self.C = 1 << self.layout.levels
         self.n = -(-self.T // self.C)
         self.q, self.v = q, v
@@ -113,6 +128,7 @@ class Problem:
             "PRECISION": self.precision,
             "num_warps": self.layout.num_warps,
             "num_stages": self.layout.num_stages,
+            "maxnreg": MAX_REGISTERS,
         }
 
 
