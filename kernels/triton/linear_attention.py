@@ -6,7 +6,7 @@ from torch import Tensor
 
 from linrnn.kernels.triton import chunks
 from linrnn.kernels.triton.gradients import gradients
-from linrnn.kernels.triton.plan import Problem, decay_kind, device_of
+from linrnn.kernels.triton.plan import OPTIONS, Problem, decay_kind, device_of
 from linrnn.kernels.triton.recurrent import recurrent
 from linrnn.kernels.triton.tiles import CHANNEL, HEAD
 
@@ -171,5 +171,6 @@ def step(
             BK=BK,
             BV=BV,
             num_warps=4,
+            **OPTIONS,
         )
     return o, last

@@ -12,6 +12,8 @@ from torch import Tensor
 from linrnn.kernels.triton.chunks import channel_sums
 from linrnn.kernels.triton.tiles import CHANNEL, HEAD, NONE
 
+# of every launch: Triton 3.9 warns without it, and later ones change what it means to say nothing
+OPTIONS = {"enable_fp_fusion": True}
 MAX_REGISTERS = 255  # of a thread; told so, ptxas no longer spills to have more blocks at once
 KINDS = {0: NONE, 3: HEAD, 4: CHANNEL}  # of decay, by the number of dimensions
 
@@ -91,7 +93,7 @@ class Problem:
             self.decay = q.new_empty((2, self.B, self.n * self.C, W), dtype=torch.float32)
             self.part = self.decay.stride(0)
             grid = (self.B * self.n, triton.cdiv(W, 32))
-            channel_sums[grid](self.log_decay, self.decay, self.part, self.T, W, self.n, C=self.C, BW=32)
+            channel_sums[grid](self.log_decay, self.decay, self.part, self.T, W, self.n, C=self.C, BW=32, **OPTIONS)
 
     def sizes(self) -> tuple[int, int, int, int, int]:
         return self.T, self.H, self.K, self.V, self.n
@@ -129,6 +131,7 @@ class Problem:
             "num_warps": self.layout.num_warps,
             "num_stages": self.layout.num_stages,
             "maxnreg": MAX_REGISTERS,
+            **OPTIONS,
         }
 
 
