@@ -102,13 +102,13 @@ template <class R>
 inline cplx<R> add(cplx<R> u, cplx<R> v) { return {u.re + v.re, u.im + v.im}; }
 
 template <class M>
-struct Real { static constexpr M of(float v) { return v; } };
+struct Real { static constexpr M of(double v) { return M(v); } };
 template <class R>
-struct Real<cplx<R>> { static constexpr cplx<R> of(float v) { return {v, 0}; } };
+struct Real<cplx<R>> { static constexpr cplx<R> of(double v) { return {R(v), 0}; } };
 template <class M>
 constexpr M one() { return Real<M>::of(1); }
 template <class M>
-inline M invalid() { return Real<M>::of(float_of_bits(0x7fc00000u)); }
+inline M invalid() { return Real<M>::of(double(float_of_bits(0x7fc00000u))); }
 
 inline float conj(float a) { return a; }
 inline double conj(double a) { return a; }
@@ -134,6 +134,16 @@ inline void round_to(double v, float& to) { to = float(v); }
 inline void round_to(double v, double& to) { to = v; }
 template <class R>
 inline void round_to(cplx<double> v, cplx<R>& to) { to = {R(v.re), R(v.im)}; }
+
+// Products over many rows, where some rows reset the state. Exactly zero means that a row did: what was before is cut
+// off, be it infinite or NaN. A product that only underflows, or has a factor of zero, is kept apart from zero, so that
+// NaN passes it as it does row by row.
+inline bool is_zero(double p) { return p == 0; }
+inline bool is_zero(cplx<double> p) { return p.re == 0 && p.im == 0; }
+template <class W>
+inline W kept(W p) { return is_zero(p) ? Real<W>::of(0x1p-1022) : p; }
+template <class W>
+inline W product(W a, W p) { return is_zero(p) ? p : kept(mul(a, p)); }
 
 template <class X>
 using arithmetic = decltype(widen(X{}));

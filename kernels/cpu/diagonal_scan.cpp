@@ -52,6 +52,7 @@ struct Pass {
   int64_t b, j0, width;
 
   int64_t length() const { return args.T; }
+  bool resets() const { return args.flags; }
   int64_t bytes_per_channel() const { return sizeof(X) + (args.a.stride_t ? sizeof(A) : 0); }
   uint8_t flag(int64_t t) const {
     return args.flags ? args.flags[b * args.flags_stride_b + t * args.flags_stride_t] : uint8_t(0);
@@ -111,8 +112,12 @@ struct Forward : Pass<A, X> {
       for_blocks<X>(width, down, [&](auto block, int64_t j) {
         LINRNN_INDEPENDENT
         for (int i = j; i < j + block; ++i) q[i] = add(mul(widen(a[i]), q[i]), widen(x[i]));
-        LINRNN_INDEPENDENT
-        for (int i = j; i < j + block; ++i) p[i] = mul(in_double(widen(a[i])), p[i]);
+        if (args.flags) {
+          for (int i = j; i < j + block; ++i) p[i] = product(in_double(widen(a[i])), p[i]);
+        } else {
+          LINRNN_INDEPENDENT
+          for (int i = j; i < j + block; ++i) p[i] = mul(in_double(widen(a[i])), p[i]);
+        }
       });
     }
   }
@@ -211,8 +216,12 @@ struct Backward : Pass<A, X> {
         if (flag & HOLD) return;
         LINRNN_INDEPENDENT
         for (int i = j; i < j + block; ++i) q[i] = mul(conj(widen(a[i])), q[i]);
-        LINRNN_INDEPENDENT
-        for (int i = j; i < j + block; ++i) p[i] = mul(conj(in_double(widen(a[i]))), p[i]);
+        if (args.flags) {
+          for (int i = j; i < j + block; ++i) p[i] = product(conj(in_double(widen(a[i]))), p[i]);
+        } else {
+          LINRNN_INDEPENDENT
+          for (int i = j; i < j + block; ++i) p[i] = mul(conj(in_double(widen(a[i]))), p[i]);
+        }
       });
     }
   }

@@ -100,7 +100,10 @@ void drive_team(const Pass& pass, Team<Pass>& team, int member) {
     const auto apply = [&](int m) {
       const auto* p = team.p[slot(m)];
       const S* q = team.q[slot(m)];
-      for (int64_t j = 0; j < width; ++j) round_to(add(mul(p[j], in_double(s[j])), in_double(q[j])), s[j]);
+      for (int64_t j = 0; j < width; ++j) {
+        if (pass.resets() && is_zero(p[j])) s[j] = q[j];
+        else round_to(add(mul(p[j], in_double(s[j])), in_double(q[j])), s[j]);
+      }
     };
     for (int m = 1; m < (member ? member : team.members); ++m) apply(m);
     if (member) scan_and_sum(pass, begin, end, s, partial, total);

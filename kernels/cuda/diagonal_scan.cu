@@ -15,7 +15,7 @@ namespace linrnn {
 struct Args {
   int64_t columns, T, D, V;     // columns = B * D / V
   LinrnnView a, x, out;         // x: what drives the recurrence, x itself or the gradient of h; out: h, or the gradient of x
-  LinrnnView before, grad_a;    // backward only: row k of `before` is the state that token k found
+  LinrnnView before, grad_a;    // backward, where the gradient of a is wanted: row k of `before` is the state that token k found
   const void* first;            // the state that the last token of the backward pass found, where `before` has no such row
   int64_t at_start;             // and whether that is so
   const void* entry;            // the state the pass starts from (zero if absent)
@@ -35,9 +35,6 @@ constexpr bool kConstant = LINRNN_CONSTANT, kFlags = LINRNN_FLAGS;
 
 // Flags of a token: RESET zeroes the state before it; HOLD is a padded token, which the state passes unchanged.
 enum : uint8_t { RESET = 1, HOLD = 2 };
-
-inline bool is_zero(double p) { return p == 0; }
-inline bool is_zero(cplx<double> p) { return p.re == 0 && p.im == 0; }
 
 struct Common {
   using S = arithmetic<X>;
@@ -91,6 +88,13 @@ struct Common {
     for (int v = 0; v < V; ++v) s[v] = from ? at[v] : S{};
   }
 
+  // The product of a coefficient and that of the rows before it; and of a chunk and the chunks before it.
+  static Wide times(Wide a, Wide p) {
+    if constexpr (kFlags) return product(a, p);
+    else return mul(a, p);
+  }
+  static Wide chained(Wide later, Wide earlier) { return kFlags && is_zero(later) ? later : times(later, earlier); }
+
   static WideS through(Wide p, S q, WideS s) {
     if (kFlags && is_zero(p)) return in_double(q);  // a reset cuts off what was before it, also an infinity
     return add(mul(p, s), in_double(q));
@@ -119,7 +123,7 @@ struct Forward : Common {
   void decay(const Row& row, Wide* p) const {
     for (int v = 0; v < V; ++v) {
       if (row.flag & RESET) p[v] = Wide{};
-      if (!(row.flag & HOLD)) p[v] = mul(in_double(coefficient(row.a, v)), p[v]);
+      if (!(row.flag & HOLD)) p[v] = times(in_double(coefficient(row.a, v)), p[v]);
     }
   }
   void emit(const Row& row, S* s) {
@@ -148,10 +152,12 @@ struct Backward : Common {
   int64_t last;     // the position whose token found no row of `before` but the initial state; -1 if none
   Vec<X, V> first;  // that state, in the format of the rows
   Wide sum[V];
+  const bool of_a;  // whether the gradient of a is wanted, for which alone `before` is read
 
   Backward(const Args& args, int64_t column)
       : Common(args, column), before(args.before, b, d), grad_x(args.out, b, d), grad_a(args.grad_a, b, d),
-        sums(args.sum), last(args.at_start ? args.T - 1 : -1) {
+        sums(args.sum), last(args.at_start ? args.T - 1 : -1),
+        of_a(args.before.data) {
     S state[V];
     load(args.first, state);
     for (int v = 0; v < V; ++v) first.data[v] = narrow<X>(state[v]), sum[v] = Wide{};
@@ -164,7 +170,7 @@ struct Backward : Common {
   void seek_outputs(int64_t k) { grad_x.seek(k), grad_a.seek(k); }
   void fetch(int64_t k, int n, int slot) {
     Common::fetch(k, n, slot);
-    if constexpr (EMITS) {
+    if (EMITS && of_a) {
       const bool at_start = n && k + n - 1 == last;
       before.fetch(k, at_start ? n - 1 : n, slot);
       if (at_start) before.slots[slot + n - 1] = first;
@@ -172,7 +178,8 @@ struct Backward : Common {
   }
   Row read(int64_t k, int slot) const {
     Row row{coefficients(slot), x.read(slot), {}, flag(k)};
-    if constexpr (EMITS) row.before = before.read(slot);
+    if constexpr (EMITS)
+      if (of_a) row.before = before.read(slot);
     return row;
   }
 
@@ -186,7 +193,7 @@ struct Backward : Common {
   void decay(const Row& row, Wide* p) const {
     for (int v = 0; v < V; ++v) {
       if (row.flag & RESET) p[v] = Wide{};
-      else if (!(row.flag & HOLD)) p[v] = mul(conj(in_double(coefficient(row.a, v))), p[v]);
+      else if (!(row.flag & HOLD)) p[v] = times(conj(in_double(coefficient(row.a, v))), p[v]);
     }
   }
   void emit(const Row& row, S* s) {
@@ -194,10 +201,10 @@ struct Backward : Common {
     Vec<A, V> da;
     for (int v = 0; v < V; ++v) {
       const S g = gradient(row, s, v);
-      const M of_a = row.flag ? M{} : grad_of_coefficient<M>(g, widen(row.before.data[v]));
+      const M factor = row.flag ? M{} : grad_of_coefficient<M>(g, widen(row.before.data[v]));
       dx.data[v] = narrow<X>(row.flag & HOLD ? S{} : g);
-      if constexpr (kConstant) sum[v] = add(sum[v], in_double(of_a));
-      else da.data[v] = narrow<A>(of_a);
+      if constexpr (kConstant) sum[v] = add(sum[v], in_double(factor));
+      else da.data[v] = narrow<A>(factor);
     }
     advance(row, s);
     grad_x.put(dx);

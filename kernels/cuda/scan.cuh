@@ -11,7 +11,8 @@
 // All of them add in a fixed order, so results are the same bit for bit from run to run, and no block waits for another.
 //
 // A Pass is what one thread does to one column of kWidth adjacent channels. The operator lives there and nowhere else:
-//   S, WideS           the numbers of a state, and the same in double, for states on their way across segments and chunks
+//   S, WideS           the numbers of a state, and the same in double, for states on their way across segments and chunks:
+//                      they meet products, and to convert them at every turn would lengthen the chain
 //   Wide               those of a product over many rows: double, since its rounding error would not average out where
 //                      the coefficient is constant; it is the same in every chunk
 //   attach, fetch, read           its inputs through the ring of stream.cuh; a Row is what it needs of one position
@@ -19,6 +20,7 @@
 //   decay(row, p)      p <- A p
 //   emit(row, s)       advance, and writes what the pass is there for
 //   finish(part)       writes what it has summed up over its rows
+//   chained(p, p')     the product of two stretches of rows
 //   through(p, q, s)   q + p s, the state after rows with the map (p, q) that were entered in state s
 #pragma once
 
@@ -108,7 +110,7 @@ inline void scan_sequential(const Args& args) {
   Exchange<Pass> exchange(ring);
 
   S s[Pass::kWidth];
-  typename Pass::WideS carry[Pass::kWidth];  // across segments; the sequence of additions from tile to tile is short
+  typename Pass::WideS carry[Pass::kWidth];
   pass.load(args.entry, s);
   for (int v = 0; v < Pass::kWidth; ++v) carry[v] = in_double(s[v]);
   const int64_t tile = int64_t(segments) * rows;
@@ -196,7 +198,7 @@ inline void scan_carry(const Args& args) {
 #pragma unroll 8
   for (int64_t i = begin; i < end; ++i) {
     q = Pass::through(decay[i * columns], carry[i * columns], q);
-    p = mul(decay[i * columns], p);
+    p = Pass::chained(decay[i * columns], p);
   }
   WideS last = in_double(active && args.entry ? static_cast<const S*>(args.entry)[column] : S{});
   S rounded, entry;

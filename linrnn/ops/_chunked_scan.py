@@ -11,7 +11,7 @@ MAX_CHUNK = 64
 
 
 def chunked_scan(
-    a: Tensor, x: Tensor, initial_state: Tensor | None, flags: Tensor | None, reverse: bool, zeros: bool = False
+    a: Tensor, x: Tensor, initial_state: Tensor | None, flags: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """h in x's dtype and the final state in the state dtype; not differentiable (it writes in place).
 
@@ -19,17 +19,18 @@ def chunked_scan(
     the state across them; C steps scan every chunk from the state before it. (Adding the decayed state to a scan from
     zero would cost the same, with twice the rounding error.)
 
-    With `zeros`, as with flags, a = 0 cuts the past off even where it is infinite or NaN.
+    A reset cuts the past off even if it is infinite or NaN; a coefficient of zero does not.
     """
     if reverse:
         a, x = flip_time(a, x)
-        h, final_state = chunked_scan(a, x, initial_state, None if flags is None else flags.flip(1), False, zeros)
+        h, final_state = chunked_scan(a, x, initial_state, None if flags is None else flags.flip(1), False)
         return h.flip(1), final_state
-    decayed = _decayed_exactly if zeros or flags is not None else torch.mul
     B, T, D = x.shape
     dtype = state_dtype(x.dtype)
+    cut = None  # (B, T, 1)
     if flags is not None:
         a, x = effective(a.to(dtype), x, flags)
+        cut, _ = split_flags(flags)
     if not x.is_complex():
         a = a.to(dtype)
     s = x.new_zeros(B, D, dtype=dtype) if initial_state is None else initial_state
@@ -39,27 +40,30 @@ def chunked_scan(
     if n > 0:
         xs = x[:, : n * C].unflatten(1, (n, C)).unbind(2)
         decays = (a,) * C if a.ndim == 1 else a[..., : n * C, :].unflatten(-2, (n, C)).unbind(-2)
+        cuts = [None] * C if cut is None else cut[:, : n * C].unflatten(1, (n, C)).unbind(2)
         p, q = decays[0], xs[0].to(dtype)
-        for a_j, x_j in zip(decays[1:], xs[1:], strict=True):
-            p, q = a_j * p, x_j + decayed(a_j, q)
+        for a_j, x_j, cut_j in zip(decays[1:], xs[1:], cuts[1:], strict=True):
+            p, q = a_j * p, x_j + decayed(a_j, q, cut_j)
         if a.ndim == 1:
             p = _power(a, C).expand(n, D)
+        cut_in = None if cut is None else cut[:, : n * C].unflatten(1, (n, C)).any(2)  # (B, n, 1)
         before = torch.empty_like(q)  # the state before each chunk, (B, n, D)
         for i in range(n):
             before[:, i] = s
-            s = (q[:, i] + decayed(p[..., i, :], s)).to(dtype)
+            s = (q[:, i] + decayed(p[..., i, :], s, None if cut_in is None else cut_in[:, i])).to(dtype)
         chunks = h[:, : n * C].unflatten(1, (n, C))
-        for j, (a_j, x_j) in enumerate(zip(decays, xs, strict=True)):
-            before = x_j + decayed(a_j, before)
+        for j, (a_j, x_j, cut_j) in enumerate(zip(decays, xs, cuts, strict=True)):
+            before = x_j + decayed(a_j, before, cut_j)
             chunks[:, :, j] = before
     for t in range(n * C, T):
-        s = x[:, t] + decayed(a if a.ndim == 1 else a[..., t, :], s)
+        s = x[:, t] + decayed(a if a.ndim == 1 else a[..., t, :], s, None if cut is None else cut[:, t])
         h[:, t] = s
     return h.to(x.dtype), s.clone()
 
 
-def _decayed_exactly(a: Tensor, s: Tensor) -> Tensor:
-    return torch.where(a == 0, 0, a * s)
+def decayed(a: Tensor, s: Tensor, cut: Tensor | None) -> Tensor:
+    """a s, and zero where the past is cut off."""
+    return a * s if cut is None else torch.where(cut, 0, a * s)
 
 
 def _power(a: Tensor, n: int) -> Tensor:

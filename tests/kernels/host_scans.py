@@ -40,6 +40,12 @@ class Case:
     reverse: bool = False
     layout: str = "dense"
     seed: int = 0
+    forgets: float | None = None
+    """1 - a, for all of a"""
+
+
+# an error of 1e-8 in the product over a few rows would show a thousand times over
+BARELY = Case((torch.float32,) * 2, (1, 20_000, 1), 1, "segments", forgets=1e-5)
 
 
 @dataclass
@@ -85,6 +91,8 @@ def make(case: Case) -> Inputs:
 
     a_shape = ((D,), (T, D), (B, T, D))[case.a_ndim - 1]
     a = torch.rand(a_shape, dtype=torch.float64, generator=generator) * 0.3 + 0.8
+    if case.forgets is not None:
+        a = torch.full(a_shape, 1 - case.forgets, dtype=torch.float64)
     if a_dtype.is_complex:
         a = torch.polar(a, 6.3 * torch.rand(a_shape, dtype=torch.float64, generator=generator))
     reset = torch.rand(B, T, generator=generator) < 0.15 if "reset" in case.options else None
@@ -190,3 +198,15 @@ def _loops(case: Case, dtype: torch.dtype, h: Tensor) -> list[Tensor]:
     else:
         h = exact
     return [exact, final_state, *backward_loop(inputs, h, case.reverse)]
+
+
+def check_long_sum(plan: str) -> None:
+    """The gradient of a constant a, over many tokens of one sign: as exact as one rounding to float32 allows."""
+    T = 20_000
+    a, h = torch.zeros(1), torch.rand(1, T, 1)
+    grad_h, grad_final_state = torch.rand(1, T, 1), torch.zeros(1, 1)
+    _, grad_a, _ = backward(a, h, None, None, grad_h, grad_final_state, False, True, plan=PLANS[plan])
+    wanted = (grad_h[:, 1:].double() * h[:, :-1].double()).sum()
+    assert grad_a is not None
+    error = abs(grad_a.item() / wanted.item() - 1)
+    assert error <= torch.finfo(torch.float32).eps, f"grad_a is off by {error:.3g}"

@@ -14,7 +14,19 @@ from linrnn.kernels.cuda.diagonal_scan import PAIRS, PROGRAMS, backward, forward
 from linrnn.ops import diagonal_scan
 
 from .host import HostCuda, sanitized_environment, skip_without_compiler
-from .host_scans import LAYOUTS, OPTIONS, PLANS, Case, backward_loop, check, forward_loop, make, run
+from .host_scans import (
+    BARELY,
+    LAYOUTS,
+    OPTIONS,
+    PLANS,
+    Case,
+    backward_loop,
+    check,
+    check_long_sum,
+    forward_loop,
+    make,
+    run,
+)
 
 FLOAT64, FLOAT32, HALF = (torch.float64,) * 2, (torch.float32,) * 2, (torch.float32, torch.bfloat16)
 KINDS = tuple(itertools.product((1, 3, 2), OPTIONS))
@@ -128,6 +140,44 @@ def test_a_reset_stops_what_is_not_finite(host_cuda, plan, reverse, bad):
             loop = loop.sum_to_size(got.shape)
             assert v.isfinite().all() or (got.ndim == 2 and a_ndim == 2)
             torch.testing.assert_close(v, loop if got.ndim < 3 else loop[:, before], equal_nan=True)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_only_a_reset_stops_what_is_not_finite(host_cuda, plan):
+    """A coefficient of zero, or decays until nothing is left, let NaN through as they do row by row."""
+    for a_ndim, scale in ((3, 1.0), (1, 1e-30)):
+        i = make(Case(FLOAT64, (1, 130, 3), a_ndim))
+        i.a *= scale
+        i.x[0, 3] = torch.nan
+        if a_ndim == 3:
+            i.a[0, 10] = 0
+        i.reset = torch.zeros(1, 130, dtype=torch.bool)
+        for at in (None, 77):
+            if at is not None:
+                i.reset[0, at] = True
+            h, final_state = forward(i.a, i.x, i.state, i.flags, False, plan=PLANS[plan])
+            wanted, wanted_final = forward_loop(i, False)
+            torch.testing.assert_close(h, wanted, equal_nan=True)
+            torch.testing.assert_close(final_state, wanted_final, equal_nan=True)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_barely_decaying_and_long(host_cuda, plan):
+    """The error of a product repeats in every piece of time, so it is taken, and handed on, in double."""
+    check(replace(BARELY, plan=plan))
+    check_long_sum(plan)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_states_are_not_read_where_no_gradient_of_a_is_wanted(host_cuda, plan):
+    case = Case(FLOAT64, (2, 17, 5), 1, plan)
+    i = make(case)
+    h, _ = forward(i.a, i.x, i.state, None, False, plan=PLANS[plan])
+    grads = (i.grad_h, i.grad_final_state)
+    wanted_x, _, wanted_s = backward(i.a, h, i.state, None, *grads, False, True, plan=PLANS[plan])
+    h.fill_(torch.nan)
+    got_x, grad_a, got_s = backward(i.a, h, i.state, None, *grads, False, False, plan=PLANS[plan])
+    assert grad_a is None and torch.equal(got_x, wanted_x) and torch.equal(got_s, wanted_s)
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -9,13 +9,14 @@ CPU could test; races between blocks are found by "races" (test_cuda_shim.py).
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from .host import SOURCES, CompileError, HostCuda, skip_without_compiler
-from .host_scans import Case, check
+from .host_scans import BARELY, Case, check, check_long_sum
 
 FLOAT32, COMPLEX64 = (torch.float32,) * 2, (torch.complex64,) * 2
 CASES = [
@@ -71,6 +72,22 @@ LOGIC = {
     "padding that decays the gradient": ("diagonal_scan.cu", "row.flag & HOLD ? g : mul", "mul"),
     "no conjugate": ("diagonal_scan.cu", "mul(conj(coefficient(row.a, v)), g)", "mul(coefficient(row.a, v), g)"),
     "the first token without the initial state": ("diagonal_scan.cu", "before.slots[slot + n - 1] = first;", ";"),
+}
+
+# what is kept in double, in single precision
+PRECISION = {
+    "the product over the rows of a piece": (
+        "diagonal_scan.cu",
+        "p[v] = times(in_double(coefficient(row.a, v)), p[v]);",
+        "{ M r; round_to(times(in_double(coefficient(row.a, v)), p[v]), r); p[v] = in_double(r); }",
+        "chunks",
+    ),
+    "the gradient of a constant a": (
+        "diagonal_scan.cu",
+        "sum[v] = add(sum[v], in_double(factor));",
+        "{ M r; round_to(add(sum[v], in_double(factor)), r); sum[v] = in_double(r); }",
+        "columns",
+    ),
 }
 
 
@@ -146,3 +163,14 @@ def test_every_error_is_found(name, host_folder, tmp_path):
     assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {file}: adapt the mutation to the source"
     sources = copy_with(tmp_path, file, text.replace(old, new))
     assert not survives("fibers", host_folder, sources) or not survives("races", host_folder, sources)
+
+
+@pytest.mark.parametrize("name", PRECISION)
+def test_single_precision_is_noticed(name, host_folder, tmp_path):
+    file, old, new, plan = PRECISION[name]
+    text = (SOURCES / file).read_text()
+    assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {file}: adapt the mutation to the source"
+    with HostCuda("fibers", host_folder, copy_with(tmp_path, file, text.replace(old, new))).installed():
+        with pytest.raises(AssertionError, match="is off by"):
+            check(replace(BARELY, plan=plan))
+            check_long_sum(plan)

@@ -313,6 +313,25 @@ def test_a_reset_stops_what_is_not_finite(backend, reverse):
     assert grad[:, other].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("T", (70, 5000))
+@pytest.mark.parametrize("at", (29, 1234, 2601))
+def test_only_a_reset_stops_what_is_not_finite(backend, T, at):
+    """A coefficient of zero, or decays until nothing is left, let NaN through as they do row by row."""
+    a, x, _, _ = make(1, T, 3, 3, torch.float32, torch.float32)
+    a = a.abs().clamp(max=0.1)
+    a[0, 12] = 0
+    x[0, 5] = torch.nan
+    reset = torch.zeros(1, T, dtype=torch.bool)
+    reset[0, min(at, T - 1)] = True
+    with threads(2):
+        for flags in ({"reset": reset}, {"mask": torch.ones(1, T, dtype=torch.bool)}):
+            h, final_state = diagonal_scan(a, x, backend=backend, **flags)
+            wanted, wanted_final = diagonal_scan(a, x, backend="reference", **flags)
+            assert torch.equal(h.isnan(), wanted.isnan()) and torch.equal(final_state.isnan(), wanted_final.isnan())
+            torch.testing.assert_close(h, wanted, equal_nan=True)
+
+
 @pytest.mark.parametrize("backend", ("auto", *FAST))
 @pytest.mark.parametrize("T", (1, 5))
 def test_outputs_do_not_share_memory(backend, T):
