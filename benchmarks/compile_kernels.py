@@ -35,6 +35,8 @@ def main() -> int:
     parser.add_argument("--only", metavar="PART", default="", help="programs whose definitions contain this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {args.jobs}")
 
     from linrnn.kernels import KernelUnavailable
     from linrnn.kernels.cuda import cache, compiler

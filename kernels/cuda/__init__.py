@@ -6,8 +6,6 @@
 Importing this package touches neither CUDA nor NVIDIA's bindings; the first program does.
 """
 
-import functools
-
 import torch
 
 from linrnn.kernels import KernelUnavailable
@@ -54,20 +52,33 @@ def current_stream(device_index: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device_index)
 
 
-@functools.cache
+OUT_OF_MEMORY = 2  # CUresult
+_verdicts: dict[int, str | None] = {}
+
+
 def unavailable(device_index: int) -> str | None:
     """Why CUDA kernels cannot run on a device, with the cure; None if they can. Never raises; asked once a device."""
+    if device_index not in _verdicts:
+        verdict, lasting = _probe(device_index)
+        if not lasting:
+            return verdict
+        _verdicts[device_index] = verdict
+    return _verdicts[device_index]
+
+
+def _probe(device_index: int) -> tuple[str | None, bool]:
+    """The reason, and whether it will be the same the next time."""
     if torch.version.hip:
-        return "this torch is built for AMD GPUs and the CUDA kernels need an NVIDIA one"
+        return "this torch is built for AMD GPUs and the CUDA kernels need an NVIDIA one", True
     try:
         capability = properties(device_index).capability
         if capability < compiler.OLDEST:
             shown, needed = ("{}.{}".format(*pair) for pair in (capability, compiler.OLDEST))
             name = properties(device_index).name
-            return f"{name} has compute capability {shown} and the CUDA kernels need {needed} or newer"
+            return f"{name} has compute capability {shown} and the CUDA kernels need {needed} or newer", True
         program(*PROBE, device_index).kernel("probe")
     except (KernelUnavailable, CudaError) as error:
-        return str(error)
+        return str(error), getattr(error, "code", None) != OUT_OF_MEMORY
     except Exception as error:
-        return f"an unexpected {type(error).__name__}: {error}; see python -m linrnn.kernels.cuda"
-    return None
+        return f"an unexpected {type(error).__name__}: {error}; see python -m linrnn.kernels.cuda", True
+    return None, True

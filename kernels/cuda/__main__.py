@@ -51,7 +51,8 @@ def diagnose(device_index: int) -> int:
 
 
 def build(architectures: list[str], out: Path | None) -> int:
-    """Compiles every program for every architecture into `out` (the cache); 0 if all were written."""
+    """Compiles every program for every architecture into `out` (the cache); 0 if all were written and fit."""
+    spilled = 0
     where = out or cache.folder()
     everything = [(arch, *program) for arch in architectures for program in programs()]
     for number, (architecture, name, definitions) in enumerate(everything, 1):
@@ -69,9 +70,12 @@ def build(architectures: list[str], out: Path | None) -> int:
         seconds = time.perf_counter() - began
         label = " ".join((architecture, name, *definitions))
         size = f"{len(image) / 1024:6.1f} KiB {_registers(log)}"
+        spilled += "spills" in size
         print(f"[{number}/{len(everything)}] {seconds:5.2f} s {size}  {label}", flush=True)
     print(f"written to {where}")
-    return 0
+    if spilled:
+        print(f"{spilled} programs do not fit the registers: they run, but slower", file=sys.stderr)
+    return 1 if spilled else 0
 
 
 def _registers(log: str) -> str:

@@ -123,7 +123,10 @@ def store(where: Path | None, name: str, image: bytes) -> Path | None:
         if temporary is not None:
             _remove(Path(temporary))
         return None
-    prune(where)
+    try:
+        prune(where)
+    except OSError as error:
+        _log.debug("%s cannot be tidied (%s)", where, error)
     return where / name
 
 

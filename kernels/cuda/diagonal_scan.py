@@ -128,7 +128,7 @@ def backward(
         flags=flags_view(flags, down),
         entry=grad_final_state,
         exit=grad_s,
-        before=(address_of_h + stride_t * h.itemsize, stride_b, stride_t),
+        before=ABSENT if grad_a is None else (address_of_h + stride_t * h.itemsize, stride_b, stride_t),
         first=initial_state,
         grad_a=ABSENT if grad_a is None or a.ndim == 1 else view(grad_a, down),
         sum=grad_a if a.ndim == 1 else None,
@@ -173,11 +173,10 @@ def _layout(
     B, T, D = shape
     columns = B * D // V
     row_bytes = x.itemsize * (2 if backward else 1) + (0 if constant else a.itemsize)
-    written = x.itemsize + (a.itemsize if backward and not constant else 0)
     states, products = state_dtype(x), torch.complex128 if a.is_complex else torch.float64
     exchanged = 2 * V * (products.itemsize + states.itemsize)  # two buffers
     properties = cuda.properties(device)
-    plan = plan or choose_plan(columns, T, V * row_bytes, V * (row_bytes + written), properties)
+    plan = plan or choose_plan(columns, T, V * row_bytes, properties)
     plan = fitted(plan, V * row_bytes, exchanged, properties)
     program = cuda.program(*_program(backward, a, x, V, constant, flagged), device)
     ring = plan.ring_bytes(V * row_bytes)

@@ -8,8 +8,9 @@ The rule, in words (a column is V adjacent channels, V = 2 for half precision an
 - Fewer: a block of 256 threads takes 32, 16 or 8 columns, the widest that still gives every multiprocessor a block, and
   its threads share each tile of time. Every input is still read once, in one launch.
 - Too few columns for that (less than 4 for each multiprocessor) and a long T: time is cut into chunks, as many as give
-  each multiprocessor 256 threads, and three launches scan them. Inputs are read twice, so long sequences go panel by
-  panel, and what a panel touches fits in half the L2 cache.
+  each multiprocessor 256 threads, and three launches scan them. Inputs are read twice. Where they are more than twice
+  what three quarters of the L2 cache hold, they go panel by panel, each of that size; but not where a panel would be
+  less than MIN_PANEL bytes: three launches then cost more than reading again.
 
 The numbers are first estimates from bytes and latencies; `benchmarks/scan_gpu.py --sweep` measures a plan's
 neighbours.
@@ -23,6 +24,7 @@ STAGES = 4  # kStages of stream.cuh
 MAX_THREADS = 256  # kMaxThreads of device.cuh
 UNDER_WAY = 64 * 1024
 CARRY_WIDTH = 8  # channels of a block of scan_carry
+MIN_PANEL = 24 * 1024 * 1024
 SHORT = 2048  # rows up to which three launches cost more than idle multiprocessors
 
 
@@ -49,16 +51,14 @@ class Plan:
         return (STAGES * self.rows + 1) * self.threads * row_bytes
 
 
-def choose_plan(columns: int, T: int, row_bytes: int, moved_bytes: int, device: DeviceProperties) -> Plan:
-    """The plan for `columns` columns of T rows on `device`.
-
-    row_bytes: what a thread reads of one row of its column; moved_bytes: what it reads and writes.
-    """
+def choose_plan(columns: int, T: int, row_bytes: int, device: DeviceProperties) -> Plan:
+    """The plan for `columns` columns of T rows; row_bytes is what a thread reads of one row of its column."""
     processors = device.multiprocessors
     if columns < 4 * processors and T > SHORT:
         rows = _rows(8, MAX_THREADS, row_bytes)
-        panel = max(rows, device.l2_bytes // 2 // (columns * moved_bytes))
-        panels = -(-T // panel) if 2 * T > 3 * panel else 1
+        cached = 3 * device.l2_bytes // 4
+        read = T * columns * row_bytes
+        panels = -(-read // cached) if cached >= MIN_PANEL and read > 2 * cached else 1
         panel = -(-T // panels)
         chunks = max(2, 256 * processors // columns)
         chunk = -(-max(2 * rows, -(-panel // chunks)) // rows) * rows

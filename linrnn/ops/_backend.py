@@ -2,12 +2,17 @@
 
 import functools
 import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as _forward_ad
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 
+from linrnn.kernels import KernelUnavailable
+
+T = TypeVar("T")
 BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "triton")
 DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # compiled backend -> the type of device it runs on
 
@@ -52,6 +57,21 @@ def choose(backend: str, x: Tensor, available: tuple[str, ...]) -> str:
     return backend
 
 
+def attempt(backend: str, launch: Callable[..., T], *args: Any) -> T | None:
+    """launch(*args), on a backend that `choose` has chosen for `backend`; None if its program cannot be had after all.
+
+    That is so where the programs tried before came from the cache and there is no compiler for this one. Warns once for
+    "auto"; raises BackendUnavailable if the backend was asked for by name.
+    """
+    try:
+        return launch(*args)
+    except KernelUnavailable as error:
+        if backend != "auto":
+            raise BackendUnavailable(f"backend={backend!r} cannot run here: {error}") from error
+        _warn_once(f"running in pure torch, several times slower: {error}")
+        return None
+
+
 def _missing(backend: str, device_index: int) -> str | None:
     """Why a compiled backend cannot run on this machine, with the cure; None if it can."""
     if backend == "cpu":
@@ -67,7 +87,6 @@ def _missing(backend: str, device_index: int) -> str | None:
 
 @functools.cache
 def _cpu_library_missing() -> str | None:
-    from linrnn.kernels import KernelUnavailable
     from linrnn.kernels.cpu import library
 
     try:

@@ -8,7 +8,7 @@ Function that defines jvp.
 `flags` (B, T) uint8 holds reset (bit 0) and padding (bit 1). dtypes are already those of the contract here.
 """
 
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from linrnn.kernels import coefficient_dtype, state_dtype
-from linrnn.ops._backend import choose, unwatched
-from linrnn.ops._chunked_scan import chunked_scan, effective, flip_time, split_flags
+from linrnn.ops._backend import attempt, choose, unwatched
+from linrnn.ops._chunked_scan import chunked_scan, decayed, effective, flip_time, split_flags
 
 KERNELS = ("cpu", "cuda")
 
@@ -71,11 +71,12 @@ def scan_backward(
     """Gradients of a (of no elements unless it is needed), x and the initial state, without autograd."""
     chosen = choose(backend, h, KERNELS)
     if chosen in KERNELS:
-        backward = _launcher(chosen).backward
-        grad_x, grad_a, grad_s = backward(a, h, initial_state, flags, grad_h, grad_final_state, reverse, needs_grad_a)
-        return a.new_empty(0) if grad_a is None else grad_a, grad_x, grad_s
-    scan = partial(chunked_scan, zeros=flags is not None)
-    grad_a, grad_x, grad_s = adjoint(scan, a, h, initial_state, flags, grad_h, grad_final_state, reverse)
+        args = (a, h, initial_state, flags, grad_h, grad_final_state, reverse, needs_grad_a)
+        grads = attempt(backend, _launcher(chosen).backward, *args)
+        if grads is not None:
+            grad_x, grad_a, grad_s = grads
+            return a.new_empty(0) if grad_a is None else grad_a, grad_x, grad_s
+    grad_a, grad_x, grad_s = adjoint(chunked_scan, a, h, initial_state, flags, grad_h, grad_final_state, reverse)
     return grad_a if needs_grad_a else a.new_empty(0), grad_x.clone(), grad_s.clone()
 
 
@@ -83,7 +84,9 @@ def scan_forward(a, x, initial_state, flags, reverse, backend) -> tuple[Tensor, 
     """The scan without autograd, on the backend chosen."""
     chosen = choose(backend, x, KERNELS)
     if chosen in KERNELS:
-        return _launcher(chosen).forward(a, x, initial_state, flags, reverse)
+        outputs = attempt(backend, _launcher(chosen).forward, a, x, initial_state, flags, reverse)
+        if outputs is not None:
+            return outputs
     return chunked_scan(a, x, initial_state, flags, reverse)
 
 
@@ -229,15 +232,17 @@ def adjoint(scan, a, h, initial_state, flags, grad_h, grad_final_state, reverse)
     if h.shape[1] == 0:
         grad_s = torch.zeros_like(h.sum(1), dtype=dtype) if grad_final_state is None else grad_final_state
         return torch.zeros_like(a), g.to(h.dtype), grad_s
+    resets = None if flags is None else flags & 1
     if reverse:
         wide_a, g = flip_time(wide_a, g)
+        resets = None if resets is None else resets.flip(1)
     if grad_final_state is not None:
         g = torch.cat((g[:, :-1], g[:, -1:] + grad_final_state[:, None]), 1)
-    # a_{t+1}; what stands at the last token multiplies the zero state.
+    # a_{t+1}; what stands at the last token meets the zero state.
     later = wide_a if wide_a.ndim == 1 else wide_a.roll(-1, -2)
-    g, _ = scan(later.conj().resolve_conj(), g, None, None, True)
+    g, _ = scan(later.conj().resolve_conj(), g, None, None if resets is None else resets.roll(-1, 1), True)
     first = (wide_a if wide_a.ndim == 1 else wide_a[..., 0, :]).conj()
-    grad_s = first * g[:, 0] if flags is None else torch.where(first == 0, 0, first * g[:, 0])
+    grad_s = decayed(first, g[:, 0], None if resets is None else resets[:, :1].bool())
     g = g.flip(1) if reverse else g
     grad_a = g * hidden_before.conj()
     if flags is not None:

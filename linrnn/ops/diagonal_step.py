@@ -3,15 +3,18 @@
 import torch
 from torch import Tensor
 
-from linrnn.ops._backend import choose, unwatched
+from linrnn.ops._backend import BackendUnavailable, attempt, choose, unwatched
 from linrnn.ops.diagonal_scan import check_dtype, promote
 
 
 def diagonal_step_reference(a, x, state, index):
     """The step as written; arguments as diagonal_step, checked. Returns the states after it, (B, D)."""
-    before = state if index is None else state[index.clamp(min=0)]
-    after = a * before + x.to(state.dtype)
-    return after if index is None else torch.where(index[:, None] == -1, 0, after)
+    if index is None:
+        return a * state + x.to(state.dtype)
+    empty, known = (index == -1)[:, None], (0 <= index) & (index < len(state))
+    before = state[torch.where(known, index, 0)]
+    after = torch.where(known[:, None], a * before + x.to(state.dtype), torch.nan)
+    return torch.where(empty, 0, after)
 
 
 def diagonal_step(
@@ -37,7 +40,8 @@ def diagonal_step(
         out: a pool like `state` that takes the new states in the rows `index` and is returned; other rows stay as they
             are. It may be `state` itself. Without it the new states come back as a new tensor (B, D). Not
             differentiable.
-        backend: "auto", "reference", "torch" or "cuda", as for diagonal_scan.
+        backend: "auto", "reference", "torch" or "cuda", as for diagonal_scan. The kernel is for inference: where a
+            gradient is recorded, and under torch.compile and torch.func, torch's own operations run.
 
     Returns:
         h (B, D), in x's dtype (the common dtype of a and x unless x is half precision and real), and the new states.
@@ -45,7 +49,8 @@ def diagonal_step(
     Raises:
         TypeError: an argument that is no tensor.
         ValueError: a shape, dtype or device that does not fit, or a gradient asked for beside `out`.
-        IndexError: a row that does not exist. (On a GPU its h is NaN: looking would wait for the device.)
+        IndexError: a row that does not exist, on a CPU. On a GPU, where looking would wait for the device, and in
+            compiled code, its h is NaN and no state is written.
     """
     _check(a, x, state, index, out)
     a, x, dtype = promote(a, x)
@@ -55,11 +60,18 @@ def diagonal_step(
     recorded = torch.is_grad_enabled() and any(v.requires_grad for v in (a, x, state))
     if recorded and out is not None:
         raise ValueError("out= takes no gradient: leave it out, or call under torch.no_grad()")
-    chosen = choose(backend, x, ("cuda",))
-    if chosen == "cuda" and not recorded and not torch.compiler.is_compiling() and unwatched((a, x, state)):
-        from linrnn.kernels.cuda.diagonal_step import step
+    if choose(backend, x, ("cuda",)) == "cuda":
+        if not recorded and not torch.compiler.is_compiling() and unwatched((a, x, state)):
+            from linrnn.kernels.cuda.diagonal_step import step
 
-        return step(a, x, state, index, out)
+            outputs = attempt(backend, step, a, x, state, index, out)
+            if outputs is not None:
+                return outputs
+        elif backend == "cuda":
+            raise BackendUnavailable(
+                "backend='cuda' is for inference: it records no gradient and stands outside torch.compile and "
+                "torch.func; use backend='auto'"
+            )
     after = diagonal_step_reference(a, x, state, index)
     h = after.to(x.dtype, copy=True)  # what is done to h in place must not reach the state
     if out is None:
@@ -67,8 +79,8 @@ def diagonal_step(
     if index is None:
         out.copy_(after)
     else:
-        taken = index != -1
-        out[index[taken].long()] = after[taken]
+        known = (index >= 0) & (index < len(out))
+        out[index[known].long()] = after[known]
     return h, out
 
 
@@ -91,7 +103,8 @@ def _check(a, x, state, index, out) -> None:
             f"out must be a pool like state, {tuple(state.shape)} with dense rows, got {tuple(out.shape)} with strides "
             f"{out.stride()}"
         )
-    if index is not None and index.device.type != "cuda" and not torch.compiler.is_compiling() and B:
+    seen = index is not None and not torch.compiler.is_compiling() and unwatched((index,))
+    if seen and index.device.type == "cpu" and B:
         low, high = index.min(), index.max()
         if low < -1 or high >= len(state):
             raise IndexError(f"index must be in [-1, {len(state) - 1}], got {low if low < -1 else high}")

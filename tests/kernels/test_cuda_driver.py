@@ -40,8 +40,9 @@ def fresh(monkeypatch, path):
     monkeypatch.setattr(driver, "LIBRARY", path)
     monkeypatch.setattr(driver, "_contexts", Once(driver._retain))
     monkeypatch.setattr(cuda, "_programs", Once(cuda._load))
-    for function in (driver.library, driver.properties, cuda.unavailable):
+    for function in (driver.library, driver.properties):
         function.cache_clear()
+    cuda._verdicts.clear()
 
 
 class Device:
@@ -87,8 +88,9 @@ def device(monkeypatch, stub_path):
     found.choose(0)
     yield found
     library.stub_reset()
-    for function in (driver.library, driver.properties, cuda.unavailable):
+    for function in (driver.library, driver.properties):
         function.cache_clear()
+    cuda._verdicts.clear()
 
 
 @pytest.fixture
@@ -302,7 +304,7 @@ def test_a_missing_or_foreign_driver(monkeypatch, tmp_path):
     monkeypatch.setattr(driver, "LIBRARY", "libc.so.6" if sys.platform == "linux" else sys.executable)  # not CUDA's
     with pytest.raises(KernelUnavailable, match=r"cannot be loaded .*; install"):
         driver.library()
-    cuda.unavailable.cache_clear()
+    cuda._verdicts.clear()
 
 
 def test_the_diagnosis(device, no_compiler_needed, monkeypatch, tmp_path, capsys):

@@ -101,6 +101,19 @@ def test_nothing_to_step(host_cuda, shape):
     assert h.shape == after.shape == x.shape and not host_cuda.launches
 
 
+def test_rows_beyond_32_bits(host_cuda, tmp_path):
+    """Pools whose rows are more than 2^31 elements apart, in a sparse file."""
+    D, far = 10, 2**30 + 2
+    a, x, state, index = make(FLOAT32, (3, 4, D), 1, torch.int64)
+    file = torch.from_file(str(tmp_path / "sparse"), shared=True, size=3 * far + 64, dtype=torch.float32)
+    wanted = step(a, x, state, index, None)
+    pool = file.as_strided(state.shape, (far, 1)).copy_(state)
+    for one, other in zip(step(a, x, pool, index, None), wanted, strict=True):
+        assert torch.equal(one, other)
+    h, _ = step(a, x, pool, index, pool)
+    assert torch.equal(h, wanted[0]) and torch.equal(pool[index[0]], wanted[1][0])
+
+
 def test_only_listed_programs_are_asked_for(host_cuda):
     test_every_kind_of_call(host_cuda)
     assert set(host_cuda.programs) <= set(PROGRAMS)

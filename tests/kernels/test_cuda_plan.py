@@ -4,11 +4,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from linrnn.kernels.cuda.driver import DeviceProperties
-from linrnn.kernels.cuda.plan import CARRY_WIDTH, MAX_THREADS, SHORT, STAGES, UNDER_WAY, Plan, choose_plan, fitted
+from linrnn.kernels.cuda.plan import (
+    CARRY_WIDTH,
+    MAX_THREADS,
+    MIN_PANEL,
+    SHORT,
+    STAGES,
+    UNDER_WAY,
+    Plan,
+    choose_plan,
+    fitted,
+)
 
 H200 = DeviceProperties("H200", (9, 0), 132, 60 << 20, 227 << 10, (13, 0))
 T4 = DeviceProperties("T4", (7, 5), 40, 4 << 20, 64 << 10, (12, 4))
-FP32 = {"row_bytes": 8, "moved_bytes": 12}  # a varying in time: a and x in, h out
+A10 = DeviceProperties("A10", (8, 6), 72, 6 << 20, 99 << 10, (12, 4))
+UNKNOWN = H200._replace(l2_bytes=0)
+FP32 = {"row_bytes": 8}  # a varying in time: a and x in
 
 
 def blocks(plan: Plan, columns: int, T: int) -> int:
@@ -19,12 +31,11 @@ def blocks(plan: Plan, columns: int, T: int) -> int:
     columns=st.integers(1, 10**7),
     T=st.integers(1, 10**8),
     row_bytes=st.sampled_from((2, 4, 8, 12, 16, 24, 32, 48)),
-    written=st.sampled_from((2, 4, 8, 16, 32)),
     exchange_bytes=st.sampled_from((24, 48, 64, 96)),
-    device=st.sampled_from((H200, T4)),
+    device=st.sampled_from((H200, T4, A10, UNKNOWN)),
 )
-def test_every_plan_can_run(columns, T, row_bytes, written, exchange_bytes, device):
-    chosen = choose_plan(columns, T, row_bytes, row_bytes + written, device)
+def test_every_plan_can_run(columns, T, row_bytes, exchange_bytes, device):
+    chosen = choose_plan(columns, T, row_bytes, device)
     plan = fitted(chosen, row_bytes, exchange_bytes, device)
     assert 32 <= plan.threads <= MAX_THREADS and plan.threads % 32 == 0
     assert plan.rows >= 1 and plan.width >= 1
@@ -33,6 +44,8 @@ def test_every_plan_can_run(columns, T, row_bytes, written, exchange_bytes, devi
     if plan.chunk:
         assert plan.segments == 1 and 1 <= plan.chunk
         assert 0 <= plan.panel < T and (plan.panel == 0 or plan.chunk <= plan.panel)
+        # three launches for each panel, which has to be worth them
+        assert plan.panel == 0 or plan.panel * columns * row_bytes >= MIN_PANEL / 2
     assert blocks(plan, columns, plan.panel or T) < 2**31
 
 
@@ -52,10 +65,16 @@ def test_fewer_share_tiles_and_still_give_every_multiprocessor_a_block():
 
 def test_few_columns_are_cut_in_time():
     plan = choose_plan(64, 131_072, device=H200, **FP32)
-    chunks = -(-plan.panel // plan.chunk)
-    assert 64 * chunks >= 200 * H200.multiprocessors
-    assert plan.panel * 64 * 12 <= H200.l2_bytes // 2
+    chunks = -(-131_072 // plan.chunk)
+    assert 64 * chunks >= 200 * H200.multiprocessors and plan.panel == 0
     assert choose_plan(64, SHORT, device=H200, **FP32).chunk == 0
+
+
+def test_panels_fit_in_the_cache_where_the_cache_is_worth_it():
+    long = choose_plan(64, 2_097_152, device=H200, **FP32)
+    assert MIN_PANEL <= long.panel * 64 * 8 <= 3 * H200.l2_bytes // 4 + 64 * 8
+    for device in (T4, A10, UNKNOWN):
+        assert choose_plan(64, 2_097_152, device=device, **FP32).panel == 0
 
 
 def test_a_short_sequence_has_no_idle_threads():

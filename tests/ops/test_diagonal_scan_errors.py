@@ -5,7 +5,15 @@ import warnings
 import pytest
 import torch
 
-from linrnn.ops import BackendUnavailable, FallbackWarning, _backend, diagonal_scan, reset_from_cu_seqlens
+from linrnn.kernels import KernelUnavailable
+from linrnn.ops import (
+    BackendUnavailable,
+    FallbackWarning,
+    _backend,
+    _scan_autograd,
+    diagonal_scan,
+    reset_from_cu_seqlens,
+)
 
 A, X = torch.rand(4), torch.randn(2, 5, 4)
 
@@ -94,3 +102,27 @@ def test_bad_cu_seqlens(bounds):
 def test_meta_tensors_give_shapes():
     h, final_state = diagonal_scan(A.to("meta"), X.to("meta").requires_grad_())
     assert h.shape == X.shape and final_state.shape == (2, 4) and h.device.type == "meta"
+
+
+def test_a_program_that_cannot_be_had_after_all(monkeypatch):
+    """As where the cache holds other programs but there is no compiler: "auto" falls back, once with a warning."""
+
+    class Launcher:
+        @staticmethod
+        def forward(*args):
+            raise KernelUnavailable("the compiler is gone; install it")
+
+        backward = forward
+
+    monkeypatch.setattr(_scan_autograd, "_launcher", lambda backend: Launcher)
+    _backend._warn_once.cache_clear()
+    x = X.clone().requires_grad_()
+    with pytest.warns(FallbackWarning, match="the compiler is gone; install it"):
+        h, _ = diagonal_scan(A, x)
+    (grad,) = torch.autograd.grad(h.sum(), x)
+    wanted = diagonal_scan(A, x, backend="reference")[0]
+    torch.testing.assert_close(h, wanted)
+    torch.testing.assert_close(grad, torch.autograd.grad(wanted.sum(), x)[0])
+    with pytest.raises(BackendUnavailable, match="backend='cpu' cannot run here: the compiler is gone"):
+        diagonal_scan(A, X, backend="cpu")
+    _backend._warn_once.cache_clear()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from linrnn.ops import diagonal_scan, diagonal_step
 
@@ -119,6 +120,27 @@ def test_errors(message):
 def test_rows_that_do_not_exist(row):
     with pytest.raises(IndexError, match=rf"index must be in \[-1, 1\], got {row}"):
         diagonal_step(torch.rand(4), torch.zeros(1, 4), torch.zeros(2, 4), torch.tensor([row]))
+
+
+def test_rows_that_do_not_exist_in_compiled_code():
+    """Where nobody can look, what comes out is NaN, and no state is touched."""
+    pool = torch.randn(2, 4)
+    before = pool.clone()
+    for row in (-2, 2):
+        index = torch.tensor([row, 1])
+        h, after = torch.compile(diagonal_step, fullgraph=True, backend="eager")(torch.rand(4), pool, pool, index)
+        assert h[0].isnan().all() and after[0].isnan().all() and h[1].isfinite().all()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            diagonal_step(torch.rand(4), torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))
+    assert torch.equal(pool, before)
+
+
+def test_maps_over_rows():
+    a, x, pool = inputs(torch.float32, torch.float32)
+    rows = torch.tensor([[3, -1, 8, 0, 5], [1, 2, 3, 4, -1]])
+    h, after = torch.func.vmap(lambda index: diagonal_step(a, x, pool, index))(rows)
+    for one_h, one_after, index in zip(h, after, rows, strict=True):
+        torch.testing.assert_close((one_h, one_after), diagonal_step(a, x, pool, index))
 
 
 def test_arguments_that_are_no_tensors():
