@@ -108,6 +108,10 @@ def attention_backward_op(
     scale: float,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _gradients(q, k, v, beta, log_decay, initial_state, grad_o, grad_last, scale, chunk_size)
+
+
+def _gradients(q, k, v, beta, log_decay, initial_state, grad_o, grad_last, scale, chunk_size):
     """Gradients of the six tensors; of no elements for those that are None, but for the initial state."""
     from linrnn.kernels.triton import delta_rule, linear_attention
 
@@ -144,7 +148,8 @@ def _backward(ctx: Any, grad_o: Tensor | None, grad_last: Tensor | None):
         return *_torch_gradients(inputs, grad_o, grad_last, ctx.scale, ctx.chunk_size), None, None, None
     if grad_o is None:
         grad_o = torch.zeros(v.shape, dtype=q.dtype, device=v.device)
-    grads = attention_backward_op(*inputs, grad_o, grad_last, ctx.scale, ctx.chunk_size)
+    run = _gradients if not torch.compiler.is_compiling() and unwatched((q, grad_o)) else attention_backward_op
+    grads = run(*inputs, grad_o, grad_last, ctx.scale, ctx.chunk_size)
     given = (grad if x is not None else None for grad, x in zip(grads, inputs, strict=True))
     return *given, None, None, None
 
