@@ -5,6 +5,7 @@ eager mode an autograd.Function. A derivative of the backward comes from the tor
 torch.func (vmap, jvp, grad) and forward-mode AD ask for, which never come here.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -148,8 +149,9 @@ def _backward(ctx: Any, grad_o: Tensor | None, grad_last: Tensor | None):
         return *_torch_gradients(inputs, grad_o, grad_last, ctx.scale, ctx.chunk_size), None, None, None
     if grad_o is None:
         grad_o = torch.zeros(v.shape, dtype=q.dtype, device=v.device)
-    run = _gradients if not torch.compiler.is_compiling() and unwatched((q, grad_o)) else attention_backward_op
-    grads = run(*inputs, grad_o, grad_last, ctx.scale, ctx.chunk_size)
+    direct = not torch.compiler.is_compiling() and unwatched((q, grad_o))
+    compute: Callable[..., tuple[Tensor, ...]] = _gradients if direct else attention_backward_op
+    grads = compute(*inputs, grad_o, grad_last, ctx.scale, ctx.chunk_size)
     given = (grad if x is not None else None for grad, x in zip(grads, inputs, strict=True))
     return *given, None, None, None
 
