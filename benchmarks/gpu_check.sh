@@ -124,6 +124,8 @@ if "$python" -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 
   step slow_tests 110 "$verdicts" "${pytest[@]}" -m "gpu and slow" tests
   step scan_quick 150 "$goals" "$python" benchmarks/scan_gpu.py --quick --seconds 100 --out "$out"
   step layer 100 '^\*\*d =|Error|^the ' "$python" benchmarks/layer_gpu.py --out "$out"
+  step linear_attention 80 '^## T|^\| (matrix|linear|decay|gated|- )|left out' \
+    "$python" benchmarks/linear_attention.py --device cuda --lengths 512 4096 16384 --seconds 0.2 --no-write
   step sanitizer 90 '^--|SUMMARY|^=+ (Invalid|Error|Race)|calls|not on' bash -c sanitize
   third=$(($(left) / 3))
   [ "$third" -gt 20 ] && step sweep $((third + 30)) '^\|' \
