@@ -155,13 +155,15 @@ def fla_peers(found: dict[str, dict[str, tuple[Op, int]]]) -> None:
     found["gated delta rule"]["fla"] = (lambda q, k, v, b, g: chunk_gated_delta_rule(q, k, v, g, b)[0], longest)
 
 
-def check(name: str, peer: str, op: Op, reference: Op, tensors: list[Tensor]) -> None:
-    """No speed beside a wrong answer."""
+def agrees(name: str, peer: str, op: Op, reference: Op, tensors: list[Tensor]) -> bool:
+    """Whether a peer computes what we do, as far as tf32 can tell: no speed beside a wrong answer."""
     with torch.no_grad():
         got, wanted = op(*tensors), reference(*tensors)
     error = ((got - wanted).abs().max() / wanted.abs().max()).item()
     if not error < 2e-3:
-        raise SystemExit(f"{peer} and ours disagree on {name}: relative error {error:.1e}")
+        print(f"{peer} left out: it and ours disagree on {name}, relative error {error:.1e}")
+        return False
+    return True
 
 
 def synchronized(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -184,8 +186,8 @@ def measure(T: int, device: torch.device, seconds: float) -> list[tuple[str, flo
         tensors = [named[arg] for arg in args]
         runs = {name: op} | {f"- {peer}": f for peer, (f, longest) in found[name].items() if longest >= T}
         for label, f in runs.items():
-            if label != name and "not the same" not in label:
-                check(name, label, f, op, tensors)
+            if label != name and "not the same" not in label and not agrees(name, label, f, op, tensors):
+                continue
             leaves = [x.detach().requires_grad_() for x in tensors]
 
             def backward(f=f, leaves=leaves):

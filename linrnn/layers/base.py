@@ -12,6 +12,10 @@ State: TypeAlias = Any
 StateSpec: TypeAlias = Mapping[str, tuple[tuple[int | None, ...], torch.dtype | None]]
 
 
+class LooksAhead(ValueError, RuntimeError):
+    """A layer built to look ahead was asked for what only a causal one has: a wrong argument, noticed late."""
+
+
 class RecurrentLayer(nn.Module):
     """Maps x (B, T, d_model) and a state to y (B, T, d_model) and the state after the last token.
 
@@ -48,7 +52,7 @@ class RecurrentLayer(nn.Module):
         """Maps one token x_t (B, d_model) and a state to y_t (B, d_model) and the next state: forward at length 1.
 
         Raises:
-            RuntimeError: the layer is bidirectional.
+            LooksAhead: (a ValueError and a RuntimeError) the layer is bidirectional.
         """
         self.require_causal("step")
         if not isinstance(x_t, Tensor) or x_t.ndim != 2:
@@ -60,7 +64,7 @@ class RecurrentLayer(nn.Module):
         """Returns the zero state, on the device and in the precision of the layer.
 
         Raises:
-            RuntimeError: the layer is bidirectional.
+            LooksAhead: (a ValueError and a RuntimeError) the layer is bidirectional.
         """
         self.require_causal("init_state")
         reference = next(self.parameters())
@@ -94,7 +98,7 @@ class RecurrentLayer(nn.Module):
 
     def require_causal(self, method: str) -> None:
         if not self.causal:
-            raise RuntimeError(
+            raise LooksAhead(
                 f"{type(self).__name__}.{method}: a bidirectional layer sees the future and has no state to carry; "
                 "build it with bidirectional=False to run it token by token"
             )

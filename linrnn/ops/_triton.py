@@ -56,19 +56,17 @@ def run(
     inputs = (q, k, v, beta, log_decay, initial_state)
     present = tuple(x for x in inputs if x is not None)
     if torch.compiler.is_compiling() or not unwatched(present):
-        return attention_op(*inputs, call.scale, chunk_size, call.out_dtype)
+        return attention_op(*inputs, call.scale, chunk_size, call.out_dtype, recurrent)
     if torch.is_grad_enabled() and any(x.requires_grad for x in present):
-        return TritonAttention.apply(*inputs, call.scale, chunk_size, call.out_dtype)
-    if recurrent:
-        from linrnn.kernels.triton.linear_attention import step
-
-        return step(*inputs, call.scale, call.out_dtype)
-    return _forward(*inputs, call.scale, chunk_size, call.out_dtype)
+        return TritonAttention.apply(*inputs, call.scale, chunk_size, call.out_dtype, recurrent)
+    return _forward(*inputs, call.scale, chunk_size, call.out_dtype, recurrent)
 
 
-def _forward(q, k, v, beta, log_decay, initial_state, scale, chunk_size, out_dtype) -> tuple[Tensor, Tensor]:
+def _forward(q, k, v, beta, log_decay, initial_state, scale, chunk_size, out_dtype, recurrent) -> tuple[Tensor, Tensor]:
     from linrnn.kernels.triton import delta_rule, linear_attention
 
+    if recurrent:
+        return linear_attention.step(q, k, v, beta, log_decay, initial_state, scale, out_dtype)
     if beta is None:
         return linear_attention.forward(q, k, v, log_decay, initial_state, scale, chunk_size, out_dtype)
     return delta_rule.forward(q, k, v, beta, log_decay, initial_state, scale, chunk_size, out_dtype)
@@ -85,12 +83,13 @@ def attention_op(
     scale: float,
     chunk_size: int,
     out_dtype: torch.dtype,
+    recurrent: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, beta, log_decay, initial_state, scale, chunk_size, out_dtype)
+    return _forward(q, k, v, beta, log_decay, initial_state, scale, chunk_size, out_dtype, recurrent)
 
 
 @attention_op.register_fake
-def _(q, k, v, beta, log_decay, initial_state, scale, chunk_size, out_dtype):
+def _(q, k, v, beta, log_decay, initial_state, scale, chunk_size, out_dtype, recurrent):
     B, _, H, K = q.shape
     o = v.new_empty(v.shape, dtype=out_dtype)
     return o, q.new_empty((B, H, K, v.shape[-1]), dtype=torch.float32)
@@ -134,7 +133,7 @@ def _(q, k, v, beta, log_decay, initial_state, grad_o, grad_last, scale, chunk_s
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.chunk_size, ctx.out_dtype = inputs
+    *tensors, ctx.scale, ctx.chunk_size, _, _ = inputs
     ctx.save_for_backward(*tensors)
     if hasattr(ctx, "set_materialize_grads"):
         ctx.set_materialize_grads(False)
@@ -144,16 +143,16 @@ def _backward(ctx: Any, grad_o: Tensor | None, grad_last: Tensor | None):
     inputs = ctx.saved_tensors
     q, v = inputs[0], inputs[2]
     if grad_o is None and grad_last is None:
-        return (None,) * 9
+        return (None,) * 10
     if torch.is_grad_enabled():  # a derivative of this backward may be asked for
-        return *_torch_gradients(inputs, grad_o, grad_last, ctx.scale, ctx.chunk_size), None, None, None
+        return *_torch_gradients(inputs, grad_o, grad_last, ctx.scale, ctx.chunk_size), None, None, None, None
     if grad_o is None:
         grad_o = torch.zeros(v.shape, dtype=q.dtype, device=v.device)
     direct = not torch.compiler.is_compiling() and unwatched((q, grad_o))
     compute: Callable[..., tuple[Tensor, ...]] = _gradients if direct else attention_backward_op
     grads = compute(*inputs, grad_o, grad_last, ctx.scale, ctx.chunk_size)
     given = (grad if x is not None else None for grad, x in zip(grads, inputs, strict=True))
-    return *given, None, None, None
+    return *given, None, None, None, None
 
 
 def _torch_gradients(inputs, grad_o, grad_last, scale: float, chunk_size: int) -> tuple[Tensor | None, ...]:

@@ -97,7 +97,7 @@ def _whole(x, weight, bias, state, document: Tensor | None) -> tuple[Tensor, Ten
     if document is None:
         if T == 1:
             y = (window * weight.mT).sum(1, keepdim=True)
-            return (y if bias is None else y + bias), last
+            return (y if bias is None else y + bias), last.clone()
         # a convolution in two dimensions, since torch has fast ones that keep channels last
         image, filters = window.unsqueeze(2).permute(0, 3, 1, 2), weight[:, None, :, None]  # (B, D, T+W-1, 1)
         y = F.conv2d(image, filters, bias, groups=D).permute(0, 2, 3, 1).squeeze(2)
@@ -146,10 +146,9 @@ def _unfit(x, weight, initial_state, reset, mask) -> str | None:
     if torch.compiler.is_compiling() or not unwatched((x, weight)):
         return "causal-conv1d cannot be traced or transformed"
     _, T, D = x.shape
-    if T == 0 or not 2 <= weight.shape[1] <= 4 or D % 8 or x.dtype == torch.float64:
-        return (
-            f"causal-conv1d takes T > 0, W of 2 to 4, D divisible by 8 and no float64, got {x.dtype} {tuple(x.shape)}"
-        )
+    if T < 2 or not 2 <= weight.shape[1] <= 4 or D % 8 or x.dtype == torch.float64:
+        shown = f"{x.dtype} {tuple(x.shape)}"
+        return f"causal-conv1d is used for T > 1, W of 2 to 4, D divisible by 8 and no float64, got {shown}"
     if mask is not None or (reset is not None and initial_state is not None):
         return "causal-conv1d takes no mask, and no reset beside a state"
     found = _package()

@@ -75,7 +75,7 @@ def linear_attention(
         v: (B, T, H, V).
         initial_state: S before the first token, (B, H, K, V), or with `normalize` a NormalizedState; zero if None.
         log_decay: None, (H,), (B, T, H) or (B, T, H, K); at most 0 (its real part), -inf forgets all.
-        scale: of q; K ** -0.5 if None, as in softmax attention.
+        scale: of q; K ** -0.5 if None, as in softmax attention. None with `normalize`, which divides it out.
         normalize: divides o_t by q_t^T z_t, where z_t = exp(log_decay_t) * z_{t-1} + k_t. Where that is exactly 0,
             as before the first real token, o_t is 0.
         log_features: q and k hold the logarithms of the features: exponential feature maps, exact for exponents of any
@@ -107,6 +107,10 @@ def linear_attention(
             f"log_features=True needs normalize=True and eps=0.0 (exponentials have no fixed scale), "
             f"got normalize={normalize}, eps={eps}"
         )
+    if normalize and scale is not None:
+        raise ValueError(f"scale must be None with normalize=True, which divides it out, got {scale}")
+    if eps < 0 or (eps and not normalize):
+        raise ValueError(f"eps must be at least 0, and needs normalize=True, got eps={eps}, normalize={normalize}")
     out_dtype, wide = _inputs.dtypes((q, k, v), log_decay)
     if log_features and wide.is_complex:
         raise ValueError(f"log_features=True needs real inputs, got {wide}")

@@ -231,7 +231,7 @@ else:
         for kind, delta in (("channel", False), ("head", True)):
             inputs = make(5, 16, 16, kind, delta, H=1)
             tensors = [inputs[x].float().requires_grad_() if x in inputs else None for x in NAMES]
-            torch.library.opcheck(attention_op, (*tensors, 0.5, 16, torch.float32))
+            torch.library.opcheck(attention_op, (*tensors, 0.5, 16, torch.float32, False))
 
     def test_what_the_kernels_cannot_run():
         from linrnn.ops import linear_attention

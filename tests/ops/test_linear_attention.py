@@ -238,6 +238,9 @@ GOOD = {"q": torch.rand(2, 5, 3, 4), "k": torch.rand(2, 5, 3, 4), "v": torch.ran
         ({"log_features": True}, "log_features=True needs normalize=True and eps=0.0 .* got normalize=False, eps=0.0"),
         ({"log_features": True, "normalize": True, "eps": 0.1}, "got normalize=True, eps=0.1"),
         ({"log_features": True, "normalize": True, "q": GOOD["q"] + 0j}, "log_features=True needs real inputs"),
+        ({"normalize": True, "scale": 0.5}, "scale must be None with normalize=True.* got 0.5"),
+        ({"eps": 0.1}, "eps must be at least 0, and needs normalize=True, got eps=0.1, normalize=False"),
+        ({"normalize": True, "eps": -0.1}, "eps must be at least 0"),
         ({"v": GOOD["v"].to("meta")}, "v is on meta but the other inputs are on cpu"),
         ({"log_decay": torch.zeros(3, device="meta")}, "log_decay is on meta but the other inputs are on cpu"),
         (
