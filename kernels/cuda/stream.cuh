@@ -22,11 +22,9 @@ struct Incoming {
   const char* column;
   int64_t stride;  // in bytes, from a row to the next
   Row* slots;
-  const char* next;
 
   Incoming(const LinrnnView& view, int64_t b, int64_t d) : stride(view.stride_t * int64_t(sizeof(E))), slots(nullptr) {
     column = reinterpret_cast<const char*>(static_cast<const E*>(view.data) + b * view.stride_b + d);
-    next = column;
   }
 
   // Takes its share of the thread block's ring and moves `ring` behind it. A thread has `depth` slots in a row and one
@@ -38,7 +36,7 @@ struct Incoming {
 
   // Asks for n rows from row k on, into the slots from `slot` on.
   void fetch(int64_t k, int n, int slot) {
-    next = column + k * stride;
+    const char* next = column + k * stride;
     Row* to = slots + slot;
 #pragma unroll 8
     for (int i = 0; i < n; ++i, next += stride) {
