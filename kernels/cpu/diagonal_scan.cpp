@@ -27,9 +27,6 @@ namespace linrnn {
 Runtime runtime;
 using Args = LinrnnDiagonalScan;
 
-// Flags of a token: RESET zeroes the state before it; HOLD is a padded token, which the state passes unchanged.
-enum : uint8_t { RESET = 1, HOLD = 2 };
-
 // Outputs of this size go past the cache, where they would only push out the inputs; measured, see docs/scan.md.
 constexpr int64_t kStreamForward = 16 << 20, kStreamBackward = 4 << 20;
 
@@ -258,12 +255,6 @@ int dispatch(const Args& args) {
 
 }  // namespace linrnn
 
-#if defined(_WIN32)
-#define LINRNN_API extern "C" __declspec(dllexport)
-#else
-#define LINRNN_API extern "C" __attribute__((visibility("default")))
-#endif
-
 // Each returns 0, or 1 for a pair of types that has no kernel.
 LINRNN_API int linrnn_diagonal_scan(const LinrnnDiagonalScan* args) { return linrnn::dispatch<linrnn::Forward>(*args); }
 LINRNN_API int linrnn_diagonal_scan_backward(const LinrnnDiagonalScan* args) {
@@ -274,4 +265,4 @@ LINRNN_API void linrnn_use_runtime(void* parallel, void* num_threads, void* thre
                      reinterpret_cast<decltype(linrnn::Runtime::num_threads)>(num_threads),
                      reinterpret_cast<decltype(linrnn::Runtime::thread_num)>(thread_num)};
 }
-LINRNN_API int linrnn_abi_version() { return 2; }
+LINRNN_API int linrnn_abi_version() { return 3; }

@@ -14,7 +14,16 @@
 
 #include "../numbers.h"
 
+#if defined(_WIN32)
+#define LINRNN_API extern "C" __declspec(dllexport)
+#else
+#define LINRNN_API extern "C" __attribute__((visibility("default")))
+#endif
+
 namespace linrnn {
+
+// Flags of a token: RESET zeroes the state before it; HOLD is a padded token, which the state passes unchanged.
+enum : uint8_t { RESET = 1, HOLD = 2 };
 
 template <class E>
 E* row(const LinrnnView& v, int64_t b, int64_t t) {

@@ -7,6 +7,7 @@ from linrnn.ops.diagonal_scan import diagonal_scan, reset_from_cu_seqlens
 from linrnn.ops.diagonal_step import diagonal_step
 from linrnn.ops.linear_attention import NormalizedState, linear_attention
 from linrnn.ops.rwkv7 import rwkv7
+from linrnn.ops.selective_scan import selective_scan
 from linrnn.ops.wkv import WKVState, wkv
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "linear_attention",
     "reset_from_cu_seqlens",
     "rwkv7",
+    "selective_scan",
     "wkv",
 ]

@@ -78,15 +78,15 @@ def diagonal_scan(
     if torch.compiler.is_compiling():
         from linrnn.ops._scan_autograd import scan_op
 
-        return scan_op(a, x, initial_state, _flags(reset, mask), reverse, backend)
+        return scan_op(a, x, initial_state, flags_of(reset, mask), reverse, backend)
     if _plain(a, x, initial_state):
         from linrnn.ops._scan_autograd import scan_forward
 
-        return scan_forward(a, x, initial_state, _flags(reset, mask), reverse, backend)
+        return scan_forward(a, x, initial_state, flags_of(reset, mask), reverse, backend)
     from linrnn.ops._scan_autograd import KERNELS, apply
 
     choose(backend, x, KERNELS)
-    return apply(a, x, initial_state, _flags(reset, mask), reverse, backend)
+    return apply(a, x, initial_state, flags_of(reset, mask), reverse, backend)
 
 
 def reset_from_cu_seqlens(cu_seqlens: Tensor, T: int, *, reverse: bool = False) -> Tensor:
@@ -155,7 +155,7 @@ def promote(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
     return a, x, state_dtype(x.dtype)
 
 
-def _flags(reset: Tensor | None, mask: Tensor | None) -> Tensor | None:
+def flags_of(reset: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """(B, T) uint8 for the kernels: bit 0 is reset, bit 1 is padding."""
     if mask is None:
         return None if reset is None else reset.to(torch.uint8)
