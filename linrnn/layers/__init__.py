@@ -10,11 +10,14 @@ from linrnn.layers.delta_layer import DeltaState
 from linrnn.layers.deltanet import DeltaNet
 from linrnn.layers.gated_deltanet import GatedDeltaNet
 from linrnn.layers.gla import GLA, GLAState
+from linrnn.layers.griffin import Griffin, GriffinState
+from linrnn.layers.hgrn import HGRN, HGRNState, LowerBounds
 from linrnn.layers.linear_attention import LinearAttention, LinearAttentionState
 from linrnn.layers.lru import LRU, LRUState
 from linrnn.layers.mamba2 import Mamba2, Mamba2State
 from linrnn.layers.performer import Performer
 from linrnn.layers.retnet import RetNet, RetNetState
+from linrnn.layers.rglru import RGLRU, RGLRUState
 from linrnn.layers.rwkv4 import RWKV4, RWKV4State
 from linrnn.layers.rwkv7 import RWKV7, RWKV7State
 from linrnn.layers.slru import SLRU, SLRUState
@@ -26,11 +29,14 @@ LAYERS: dict[str, type[RecurrentLayer]] = {
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "gla": GLA,
+    "griffin": Griffin,
+    "hgrn": HGRN,
     "linear_attention": LinearAttention,
     "lru": LRU,
     "mamba2": Mamba2,
     "performer": Performer,
     "retnet": RetNet,
+    "rglru": RGLRU,
     "rwkv4": RWKV4,
     "rwkv7": RWKV7,
     "slru": SLRU,
@@ -69,8 +75,10 @@ def build(name: str, d_model: int, **kwargs: Any) -> RecurrentLayer:
 
 __all__ = [
     "GLA",
+    "HGRN",
     "LAYERS",
     "LRU",
+    "RGLRU",
     "RWKV4",
     "RWKV7",
     "SLRU",
@@ -81,12 +89,17 @@ __all__ = [
     "DeltaState",
     "GLAState",
     "GatedDeltaNet",
+    "Griffin",
+    "GriffinState",
+    "HGRNState",
     "LRUState",
     "LinearAttention",
     "LinearAttentionState",
+    "LowerBounds",
     "Mamba2",
     "Mamba2State",
     "Performer",
+    "RGLRUState",
     "RWKV4State",
     "RWKV7State",
     "RecurrentLayer",
