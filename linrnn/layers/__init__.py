@@ -14,6 +14,7 @@ from linrnn.layers.griffin import Griffin, GriffinState
 from linrnn.layers.hgrn import HGRN, HGRNState, LowerBounds
 from linrnn.layers.linear_attention import LinearAttention, LinearAttentionState
 from linrnn.layers.lru import LRU, LRUState
+from linrnn.layers.mamba import Mamba, MambaState
 from linrnn.layers.mamba2 import Mamba2, Mamba2State
 from linrnn.layers.performer import Performer
 from linrnn.layers.retnet import RetNet, RetNetState
@@ -33,6 +34,7 @@ LAYERS: dict[str, type[RecurrentLayer]] = {
     "hgrn": HGRN,
     "linear_attention": LinearAttention,
     "lru": LRU,
+    "mamba": Mamba,
     "mamba2": Mamba2,
     "performer": Performer,
     "retnet": RetNet,
@@ -96,8 +98,10 @@ __all__ = [
     "LinearAttention",
     "LinearAttentionState",
     "LowerBounds",
+    "Mamba",
     "Mamba2",
     "Mamba2State",
+    "MambaState",
     "Performer",
     "RGLRUState",
     "RWKV4State",

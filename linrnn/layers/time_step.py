@@ -10,8 +10,8 @@ def check_time_steps(dt_min: float, dt_max: float) -> None:
         raise ValueError(f"dt_min, dt_max: expected 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
 
 
-def dt_bias_(dt_bias: Tensor, dt_min: float, dt_max: float) -> None:
-    """Draws softplus(dt_bias) log-uniformly in [dt_min, dt_max], in place."""
+def dt_bias_(dt_bias: Tensor, dt_min: float, dt_max: float, floor: float = 0.0) -> None:
+    """Draws softplus(dt_bias) log-uniformly in [dt_min, dt_max], nothing below the floor, in place."""
     with torch.no_grad():
-        dt = dt_min * (dt_max / dt_min) ** torch.rand_like(dt_bias)
+        dt = (dt_min * (dt_max / dt_min) ** torch.rand_like(dt_bias)).clamp(min=floor)
         dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus

@@ -1,0 +1,150 @@
+"""Mamba, the selective state space model (Gu and Dao 2023, arXiv:2312.00752, section 3 and figure 3).
+
+    x, z = W_in u                       x <- silu(conv(x))
+    δ, B, C = W_x x                     Δ = softplus(W_dt δ + b_dt)
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_t                                    A = -exp(A_log), N numbers a channel
+    y_t = (C_t^T h_t + D x_t) silu(z_t)                                       out_t = W_out y_t
+
+FalconMamba (arXiv:2410.05355) divides δ, B and C by their root mean squares.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, positive_int
+from linrnn.layers.short_conv import ShortConv
+from linrnn.layers.time_step import check_time_steps, dt_bias_
+from linrnn.ops import selective_scan
+
+NORM_EPS = 1e-6  # FalconMamba's
+
+
+class MambaState(NamedTuple):
+    """conv (B, W-1, d_inner), the inputs of the convolution, and ssm (B, d_inner, N), the h of the equations.
+
+    Both float32; float64 for a float64 layer.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+
+class Mamba(RecurrentLayer):
+    """Selective state space model with N states for each of d_inner channels, a short convolution and a gate.
+
+    The names in its state_dict are those of the official checkpoints and of transformers' MambaMixer and
+    FalconMambaMixer, whose state_dict it loads as it is: `conv1d.weight` may be (d_inner, 1, W).
+
+    Args:
+        d_model: width D of input and output.
+        d_state: number N of states of a channel.
+        d_conv: length W of the convolution's filters.
+        expand: d_inner = expand * d_model is the width of x and z.
+        dt_rank: width of δ; d_model / 16, rounded up, if None.
+        dt_min, dt_max: the interval in which softplus(b_dt) starts, log-evenly.
+        dt_scale: W_dt starts uniform in ±dt_scale * dt_rank^-0.5.
+        dt_init_floor: the least that softplus(b_dt) starts with.
+        conv_bias: whether the convolution has a bias.
+        bias: whether W_in and W_out have.
+        bcdt_norm: whether δ, B and C are divided by their root mean squares, as in FalconMamba.
+    """
+
+    state_type = MambaState
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        bcdt_norm: bool = False,
+    ):
+        super().__init__(d_model)
+        self.d_state = positive_int("d_state", d_state)
+        self.d_inner = positive_int("expand", expand) * d_model
+        self.dt_rank = -(-d_model // 16) if dt_rank is None else positive_int("dt_rank", dt_rank)
+        check_time_steps(dt_min, dt_max)
+        for name, value in (("dt_scale", dt_scale), ("dt_init_floor", dt_init_floor)):
+            if not value > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {value}")
+        self.dt_min, self.dt_max, self.dt_scale, self.dt_init_floor = dt_min, dt_max, dt_scale, dt_init_floor
+        self.bcdt_norm = bcdt_norm
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
+        self.conv1d = ShortConv(self.d_inner, width=positive_int("d_conv", d_conv), bias=conv_bias)
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, self.d_state))
+        self.D = nn.Parameter(torch.empty(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+        self.register_load_state_dict_pre_hook(take_filters_of_conv1d)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new parameters: A = -1 ... -N in every channel, Δ as `dt_*` say, torch's own for the rest."""
+        for module in (self.in_proj, self.conv1d, self.x_proj, self.out_proj):
+            module.reset_parameters()
+        bound = self.dt_scale * self.dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        dt_bias_(self.dt_proj.bias, self.dt_min, self.dt_max, self.dt_init_floor)
+        with torch.no_grad():
+            self.A_log.copy_(torch.arange(1, self.d_state + 1).log())
+        nn.init.ones_(self.D)
+
+    def optim_hints(self) -> dict[str, dict[str, float]]:
+        """No weight decay on A and D, as in the authors' code; a bias has none anyway."""
+        return {name: {"weight_decay": 0.0} for name in ("A_log", "D")}
+
+    def state_spec(self) -> StateSpec:
+        return {**self.conv1d.state_spec(), "ssm": ((self.d_inner, self.d_state), accumulation_dtype(self.D.dtype))}
+
+    def forward(
+        self, x: Tensor, state: State = None, *, reset: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Maps x (B, T, D) and a state to y (B, T, D) and the state after the last token."""
+        self.check_inputs(x, state, reset, mask)
+        conv, ssm = (None, None) if state is None else state
+        x, z = self.in_proj(blank_padding(x, mask)).chunk(2, -1)  # (B, T, d_inner)
+        x, conv = self.conv1d(x, conv, reset=reset, mask=mask)
+        δ, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), -1)
+        if self.bcdt_norm:
+            δ, B, C = (rms_norm(s) for s in (δ, B, C))
+        y, ssm = selective_scan(
+            x,
+            F.linear(δ, self.dt_proj.weight),
+            -self.A_log.to(accumulation_dtype(self.A_log.dtype)).exp(),
+            B,
+            C,
+            self.D,
+            z,
+            ssm,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+            reset=reset,
+            mask=mask,
+        )
+        return self.out_proj(y), MambaState(conv, ssm)
+
+
+def rms_norm(s: Tensor) -> Tensor:
+    """Divides s (..., N) by its root mean square, computed in at least float32."""
+    wide = s.to(accumulation_dtype(s.dtype))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)).to(s.dtype)
+
+
+def take_filters_of_conv1d(layer: Mamba, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Gives the filters of an nn.Conv1d with a group for each channel, (d_inner, 1, W), the shape of ShortConv's."""
+    name = f"{prefix}conv1d.weight"
+    weight = state_dict.get(name)
+    if isinstance(weight, Tensor) and weight.ndim == 3 and weight.shape[1] == 1:
+        state_dict[name] = weight[:, 0]
