@@ -19,6 +19,7 @@ from torch import Tensor
 from linrnn.ops import _inputs
 from linrnn.ops._backend import attempt, choose, transformed, unwatched
 from linrnn.ops._chunked_scan import split_flags
+from linrnn.ops._scan_autograd import scan_backward, scan_forward
 from linrnn.ops.diagonal_scan import diagonal_scan
 
 KERNELS = ("cpu",)
@@ -60,20 +61,53 @@ def expanded(x, dt, A, B, C, initial_state, flags) -> tuple[Tensor, Tensor]:
 
 def _states(x, dt, A, B, C, initial_state, flags) -> tuple[Tensor, Tensor]:
     """y (B, T, D) and the states (B, T, D, N)."""
-    real = _inputs.real_dtype(A.dtype)
-    x, dt, B, C = x.to(real), dt.to(real), B.to(A.dtype), C.to(A.dtype)
+    x, dt, B, C = _blank(x, dt, A, B, C, flags)
+    a, u = _coefficients(x, dt, A, B)
     reset = mask = None
     if flags is not None:
         reset, padded = (flag[..., 0] for flag in split_flags(flags))
         mask = ~padded
-        x, dt, B, C = (torch.where(_inputs.expand_flags(mask, v), v, 0) for v in (x, dt, B, C))
-    groups = (B.shape[2], -1)
-    u = ((dt * x).unflatten(-1, groups)[..., None] * B[:, :, :, None]).flatten(2)  # (B, T, D N)
-    a = (dt[..., None] * A).exp().flatten(2)
     state = None if initial_state is None else initial_state.flatten(1)
-    h, _ = diagonal_scan(a, u, state, reset=reset, mask=mask)
-    y = (h.view(*x.shape[:2], *groups, A.shape[1]) * C[:, :, :, None]).sum(-1).flatten(2)
+    h, _ = diagonal_scan(a.flatten(2), u.flatten(2), state, reset=reset, mask=mask)
+    y = (h.view(u.shape) * C[:, :, :, None]).sum(-1).flatten(2)
     return 2 * y.real if y.is_complex() else y, h.unflatten(-1, tuple(A.shape))
+
+
+def _blank(x, dt, A, B, C, flags) -> tuple[Tensor, ...]:
+    """x, dt, B and C in the dtypes of the arithmetic, zero at padded tokens."""
+    real = _inputs.real_dtype(A.dtype)
+    sequences = x.to(real), dt.to(real), B.to(A.dtype), C.to(A.dtype)
+    if flags is None:
+        return sequences
+    real_tokens = flags & 2 == 0
+    return tuple(torch.where(_inputs.expand_flags(real_tokens, v), v, 0) for v in sequences)
+
+
+def _coefficients(x, dt, A, B) -> tuple[Tensor, Tensor]:
+    """What diagonal_scan takes: exp(dt A) (B, T, D, N), and dt x B (B, T, G, D / G, N)."""
+    groups = (B.shape[2], x.shape[2] // B.shape[2])
+    return (dt[..., None] * A).exp(), (dt * x).unflatten(-1, groups)[..., None] * B[:, :, :, None]
+
+
+def _adjoint(x, dt, A, B, C, state, flags, grad_y, grad_last) -> tuple[Tensor, ...]:
+    """Gradients of the six inputs of `_states`, from those of y and of the last state; without autograd."""
+    x, dt, B, C = _blank(x, dt, A, B, C, flags)
+    a, u = _coefficients(x, dt, A, B)
+    a_flat, s = a.flatten(2), state.flatten(1)
+    h, _ = scan_forward(a_flat, u.flatten(2), s, flags, False, "auto")
+    grad_h = (grad_y.unflatten(-1, u.shape[2:4])[..., None] * C.conj()[:, :, :, None]).flatten(2)
+    scale = 2 if A.is_complex() else 1  # y is 2 Re(C h) there
+    last = grad_last.flatten(1)
+    grad_a, grad_u, grad_s = scan_backward(a_flat, h, s, flags, scale * grad_h, last, False, True, "auto")
+    h, grad_u = h.view(u.shape), grad_u.view(u.shape)
+    grad_C = scale * (grad_y.unflatten(-1, u.shape[2:4])[..., None] * h.conj()).sum(3)
+    grad_B = (grad_u * (dt * x).unflatten(-1, u.shape[2:4])[..., None]).sum(3)
+    grad_dtx = (grad_u * B.conj()[:, :, :, None]).real.sum(-1).flatten(2)
+    grad_dtA = grad_a.view(a.shape) * a.conj()
+    grad_A = (grad_dtA * dt[..., None]).sum((0, 1))
+    grad_dt = (grad_dtA * A.conj()).real.sum(-1) + grad_dtx * x
+    grads = _blank(grad_dtx * dt, grad_dt, A, grad_B, grad_C, flags)
+    return *grads[:2], grad_A, *grads[2:], grad_s.view_as(state)
 
 
 def _pieces(x: Tensor, N: int, spacing: int) -> Iterator[slice]:
@@ -95,7 +129,8 @@ def _forward(x, dt, A, B, C, initial_state, flags, spacing, keep, backend) -> tu
         s = A.new_zeros((x.shape[0], *A.shape)) if initial_state is None else initial_state
         ys, kept = [x.new_zeros((x.shape[0], 0, x.shape[2]), dtype=_inputs.real_dtype(A.dtype))], [s[:, None][:, :0]]
         for piece in _pieces(x, A.shape[1], spacing):
-            y, states = _states(*_cut(piece, x, dt), A, *_cut(piece, B, C), s, *_cut(piece, flags))
+            x_piece, dt_piece, B_piece, C_piece, flags_piece = _cut(piece, x, dt, B, C, flags)
+            y, states = _states(x_piece, dt_piece, A, B_piece, C_piece, s, flags_piece)
             ys.append(y)
             if keep:
                 kept += [s[:, None], states[:, spacing - 1 : -1 : spacing]]
@@ -118,12 +153,9 @@ def _gradients(x, dt, A, B, C, flags, checkpoints, grad_y, grad_last, spacing, b
     grad_x, grad_dt, grad_A, grad_B, grad_C = (torch.zeros_like(v) for v in (x, dt, A, B, C))
     grad_s = A.new_zeros((x.shape[0], *A.shape)) if grad_last is None else grad_last.clone()
     for piece in reversed(list(_pieces(x, A.shape[1], spacing))):
-        sequences = (*_cut(piece, x, dt), A, *_cut(piece, B, C), checkpoints[:, piece.start // spacing])
-        with torch.enable_grad():
-            inputs = [v.detach().requires_grad_() for v in sequences]
-            y, states = _states(*inputs, *_cut(piece, flags))
-            outputs, grads = (y, states[:, -1]), (grad_y[:, piece].to(y.dtype), grad_s)
-            found = torch.autograd.grad(outputs, inputs, grads)
+        x_piece, dt_piece, B_piece, C_piece, flags_piece, grad_piece = _cut(piece, x, dt, B, C, flags, grad_y)
+        state = checkpoints[:, piece.start // spacing]
+        found = _adjoint(x_piece, dt_piece, A, B_piece, C_piece, state, flags_piece, grad_piece, grad_s)
         for total, part in zip((grad_x, grad_dt, grad_B, grad_C), (*found[:2], *found[3:5]), strict=True):
             total[:, piece] = part
         grad_A += found[2]

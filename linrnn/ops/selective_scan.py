@@ -82,6 +82,9 @@ def selective_scan(
     A = A.to(wide)
     if initial_state is not None:
         initial_state = _inputs.widen("initial_state", initial_state, wide)
+    if mask is not None:  # what stands at padded tokens must reach no gradient
+        x, dt = (torch.where(mask[..., None], v, 0) for v in (x, dt))
+        z = None if z is None else torch.where(mask[..., None], z, 0)
     with _inputs.full_precision(x.device.type):
         if dt_bias is not None:
             dt = dt.to(real) + dt_bias
@@ -98,8 +101,6 @@ def selective_scan(
             y = y + D * x
         if z is not None:
             y = y * F.silu(z.to(real))
-        if mask is not None:
-            y = torch.where(mask[..., None], y, 0)
         return y.to(out_dtype), state
 
 
