@@ -13,6 +13,7 @@ bounded by 1000, as there. Λ has the sign of RecurrentGemma, the opposite of th
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding
@@ -70,8 +71,9 @@ class RGLRU(RecurrentLayer):
         nn.init.zeros_(self.input_gate_bias)
         nn.init.zeros_(self.recurrent_gate_bias)
         with torch.no_grad():
-            decay = self.r_min + (self.r_max - self.r_min) * torch.rand_like(self.recurrent_param)
-            self.recurrent_param.copy_(torch.expm1(-decay.log() / C).log())  # the inverse of softplus
+            # what is lost in a step, rather than the decay: that rounds to one
+            loss = (1 - self.r_max) + (self.r_max - self.r_min) * torch.rand_like(self.recurrent_param)
+            self.recurrent_param.copy_(torch.expm1(-torch.log1p(-loss) / C).log())  # the inverse of softplus
 
     def optim_hints(self) -> dict[str, dict[str, float]]:
         """No weight decay on Λ and the biases."""
@@ -115,6 +117,8 @@ def begin(x: Tensor, begun: Tensor | None, reset: Tensor | None, mask: Tensor | 
     carried = x.new_zeros(B, dtype=torch.bool) if begun is None else begun != 0
     if T == 0:
         return x.new_zeros(B, 0, dtype=torch.bool), carried.to(dtype)
+    if mask is None and reset is None:
+        return F.pad(~carried[:, None], (0, T - 1)), x.new_ones(B, dtype=dtype)
     real = x.new_ones(B, T, dtype=torch.bool) if mask is None else mask
     before = real.cumsum(1) - real.long()  # (B, T): real tokens before each
     # of these, those before its document; -1 passes for a token before the first
@@ -127,7 +131,7 @@ def begin(x: Tensor, begun: Tensor | None, reset: Tensor | None, mask: Tensor | 
 
 def bounded_sqrt(x: Tensor) -> Tensor:
     """sqrt(x) of x >= 0 whose derivative is at most MAX_SLOPE: RecurrentGemma's, in operations that torch derives."""
-    steep = x < (2 * MAX_SLOPE) ** -2
+    steepest = (2 * MAX_SLOPE) ** -2
     fixed = x.detach()
     line = MAX_SLOPE * x + (fixed.sqrt() - MAX_SLOPE * fixed)  # the value of the root, the slope of a line
-    return torch.where(steep, line, torch.where(steep, 1, x).sqrt())
+    return torch.where(x < steepest, line, x.clamp(min=steepest).sqrt())
