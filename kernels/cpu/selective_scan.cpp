@@ -135,8 +135,9 @@ class Strip {
     }
   }
 
-  // Gradients of one token for state n. s carries conj(a_{t+1}) g_{t+1}; without `past` the state was reset before it.
-  void retreat(int64_t n, const R* Bt, const R* Ct, R* grad_Bt, R* grad_Ct, int64_t now, bool past) {
+  // Gradients of one token for state n. s carries conj(a_{t+1}) g_{t+1}; unless PAST the state was reset before it.
+  template <bool PAST>
+  void retreat(int64_t n, const R* Bt, const R* Ct, R* grad_Bt, R* grad_Ct, int64_t now) {
     R products_B[W], products_C[W];
     const R *h_now = hs((now + 1) * N + n), *h_past = hs(now * N + n), *a = as(now * N + n), *rate = A(n);
     R *s_re = s(n), *dA = chunk_A(n);
@@ -144,7 +145,7 @@ class Strip {
       const R b_re = Bt[n], c = Ct[n];
       LINRNN_INDEPENDENT
       for (int i = 0; i < W; ++i) {
-        const R g = s_re[i] + y[i] * c, later = past ? a[i] * g : R{}, q = past ? later * h_past[i] : R{};
+        const R g = s_re[i] + y[i] * c, later = PAST ? a[i] * g : R{}, q = PAST ? later * h_past[i] : R{};
         products_C[i] = y[i] * h_now[i];
         products_B[i] = u[i] * g;
         grad_u[i] += g * b_re;
@@ -162,9 +163,9 @@ class Strip {
       LINRNN_INDEPENDENT
       for (int i = 0; i < W; ++i) {
         const R g_re = s_re[i] + y[i] * c_re, g_im = s_im[i] - y[i] * c_im;
-        const R later_re = past ? a[i] * g_re + a_im[i] * g_im : R{}, later_im = past ? a[i] * g_im - a_im[i] * g_re : R{};
-        const R q_re = past ? later_re * h_past[i] + later_im * past_im[i] : R{};
-        const R q_im = past ? later_im * h_past[i] - later_re * past_im[i] : R{};
+        const R later_re = PAST ? a[i] * g_re + a_im[i] * g_im : R{}, later_im = PAST ? a[i] * g_im - a_im[i] * g_re : R{};
+        const R q_re = PAST ? later_re * h_past[i] + later_im * past_im[i] : R{};
+        const R q_im = PAST ? later_im * h_past[i] - later_re * past_im[i] : R{};
         products_C[i] = 2 * y[i] * h_now[i], imag_C[i] = -2 * y[i] * h_im[i];
         products_B[i] = u[i] * g_re, imag_B[i] = u[i] * g_im;
         grad_u[i] += g_re * b_re + g_im * b_im;
@@ -256,7 +257,10 @@ class Strip {
         read(args.y, t, y);
         const R *Bt = coefficients(args.Bs, t), *Ct = coefficients(args.Cs, t);
         R *grad_Bt = part_of(args.grad_B, t), *grad_Ct = part_of(args.grad_C, t);
-        for (int64_t n = 0; n < N; ++n) retreat(n, Bt, Ct, grad_Bt, grad_Ct, t - t0, !(f & RESET));
+        for (int64_t n = 0; n < N; ++n) {
+          if (f & RESET) retreat<false>(n, Bt, Ct, grad_Bt, grad_Ct, t - t0);
+          else retreat<true>(n, Bt, Ct, grad_Bt, grad_Ct, t - t0);
+        }
         for (int i = 0; i < W; ++i) grad_dt[i] += x[i] * grad_u[i], grad_u[i] *= dt[i];
         write(args.grad_x, t, grad_u), write(args.grad_dt, t, grad_dt);
       }
