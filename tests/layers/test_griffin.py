@@ -59,7 +59,7 @@ def test_equals_transformers() -> None:
     config = transformers.RecurrentGemmaConfig(hidden_size=D, num_attention_heads=4)
     oracle = RecurrentGemmaRecurrentBlock(config, layer_idx=0).double()
     layer = randomized(Griffin(D, lru_width=D, n_heads=4).double())
-    close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6, check_dtype=False)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5, check_dtype=False)
     names = layer.state_dict()
     names["conv_1d.weight"] = names["conv_1d.weight"][:, None]
     oracle.load_state_dict(names)
@@ -72,7 +72,7 @@ def test_equals_transformers() -> None:
     ours = torch.autograd.grad(y.square().sum(), [x, *mine.values()])
     theirs = torch.autograd.grad(expected.square().sum(), [x, *(its[name] for name in mine)])
     for our, their in zip(ours, theirs, strict=True):
-        close(our, their.view(our.shape), rtol=1e-5, atol=1e-5)
+        close(our, their.view(our.shape), atol=1e-5 * their.abs().max().item())
 
     for prefix in (1, 2, 20):
         oracle.conv1d_state = None

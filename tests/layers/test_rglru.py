@@ -81,8 +81,8 @@ def test_equals_transformers() -> None:
     position = time - torch.where(first, time, 0).cummax(1).values
     y, state = layer(x, reset=first)
     expected = oracle(x, position)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(state.h, oracle.recurrent_states, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state.h, oracle.recurrent_states, rtol=1e-5, atol=1e-5)
     ours = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
     theirs = torch.autograd.grad(expected.square().sum(), [x, *oracle.parameters()])
     for our, their in zip(ours, theirs, strict=True):
@@ -96,7 +96,7 @@ def test_equals_transformers() -> None:
             with torch.no_grad():
                 expected = oracle(x[:, t : t + 1], torch.full((2, 1), start + t))[:, 0]
                 y_t, given = layer.step(x[:, t], given)
-            torch.testing.assert_close(y_t, expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(y_t, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
