@@ -12,7 +12,8 @@ import torch
 
 from .host import MODES, SHIM, SMALL, CompileError, HostCuda, sanitized_environment, skip_without_compiler
 
-WIDTH, GRID, ROWS, SEEDS = 33, 5, 7, 20
+WIDTH, WARPS, GRID, ROWS, SEEDS = 33, 64, 5, 7, 20
+KERNELS = ("mirror", "ring", "exchange")
 _ENUM = re.search(r"enum Bug : int64_t {(.*?)}", (SHIM / "toys.cu").read_text(), re.DOTALL)
 assert _ENUM
 BUGS = {name: number for number, name in enumerate(re.findall(r"k(\w+)", _ENUM[1]))}
@@ -40,6 +41,9 @@ FOUND = {
     ("fibers", "NotShared"): "asynchronous copy to outside of shared memory",
     ("fibers", "Overflow"): "asynchronous copy to outside of shared memory",
     ("fibers", "FromShared"): "asynchronous copy from shared memory",
+    ("fibers", "AbsentLane"): r"thread \d+ waits in the shuffle .*toys.cu:\d+ for lanes of its warp that do not come",
+    ("fibers", "OtherShuffle"): r"thread \d+ is in the shuffle .*toys.cu:\d+ by \d, but thread \d+ in that .* by \d",
+    ("races", "ShuffleForBarrier"): RACE.replace("mirror", "exchange"),
     ("races", "NoBarrierBeforeRead"): RACE,
     ("races", "NoBarrierAfterRead"): RACE,
     ("races", "SharedWrite"): f"thread 1 writes shared memory at byte {4 * WIDTH} .*, outside of its {4 * WIDTH} bytes",
@@ -61,19 +65,26 @@ FOUND = {
     ("threads", "NoBarrierAfterRead"): r"data race[\s\S]*toys.cu:\d+",
     ("threads", "NoBarrierAfterWait"): r"data race[\s\S]*runtime.cpp:\d+",
     ("threads", "EarlyRefill"): r"data race[\s\S]*runtime.cpp:\d+",
+    ("threads", "AbsentLane"): r"waits in the shuffle .*toys.cu:\d+ for lanes of its warp that do not come",
+    ("threads", "OtherShuffle"): r"is in the shuffle .*toys.cu:\d+ by \d, but thread \d+ in that .* by \d",
     ("threads", "Exited"): r"waits at the barrier .*toys.cu:\d+, but thread 1 has exited",
 }
 
 
 def launch(host: HostCuda, bug: str, kernel: str = "") -> None:
     """The kernel that has the bug, or the one named, once; raises for a wrong result."""
-    kernel = kernel or ("ring" if BUGS[bug] >= BUGS["NoWait"] else "mirror")
-    n, shared_bytes = {"ring": (ROWS, 3 * 4 * WIDTH), "mirror": (WIDTH, 4 * WIDTH)}[kernel]
-    x = torch.randn(n if kernel == "ring" else GRID, WIDTH)
-    out = torch.full((GRID, WIDTH), torch.nan)
+    own = "exchange" if BUGS[bug] >= BUGS["AbsentLane"] else "ring" if BUGS[bug] >= BUGS["NoWait"] else "mirror"
+    kernel = kernel or own
+    width = WARPS if kernel == "exchange" else WIDTH
+    n, rows = (ROWS, 3) if kernel == "ring" else (width, 1)
+    x = torch.randn(n if kernel == "ring" else GRID, width)
+    out = torch.full((GRID, width), torch.nan)
     packed = struct.pack("QQqq", x.data_ptr(), out.data_ptr(), n, BUGS[bug])
-    host.program("toys.cu", ()).kernel(kernel).launch(GRID, WIDTH, shared_bytes, 0, packed)
+    host.program("toys.cu", ()).kernel(kernel).launch(GRID, width, 4 * rows * width, 0, packed)
     wanted = x.sum(0).roll(-1).expand(GRID, -1) if kernel == "ring" else x.flip(1)
+    if kernel == "exchange":
+        t = torch.arange(width)
+        wanted = x[:, t ^ 1] + x[:, t ^ 2]
     if not torch.allclose(out, wanted, rtol=1e-5, atol=1e-5):
         raise RuntimeError("wrong result")
 
@@ -88,8 +99,8 @@ def shim(host_folder: Path):
 def test_right_kernels_pass(shim, mode):
     host = shim(mode)
     for _ in range(SEEDS):
-        launch(host, "None", "mirror")
-        launch(host, "None", "ring")
+        for kernel in KERNELS:
+            launch(host, "None", kernel)
 
 
 @pytest.mark.parametrize(("mode", "bug"), [key for key in FOUND if key[0] in ("fibers", "races")])
@@ -133,8 +144,8 @@ def fork_for_each_bug(mode: str, folder: str) -> None:
             os.dup2(os.open(path.with_suffix(".log"), os.O_CREAT | os.O_WRONLY), 2)
             try:
                 for _ in range(5):
-                    launch(host, "None", "mirror")
-                    launch(host, "None", "ring")
+                    for kernel in KERNELS:
+                        launch(host, "None", kernel)
                     launch(host, bug)
             except RuntimeError as error:
                 os.write(2, str(error).encode())
@@ -182,7 +193,7 @@ def test_launches_that_a_device_refuses(shim):
 
 
 def test_names_that_do_not_exist(shim, host_folder, tmp_path):
-    with pytest.raises(RuntimeError, match=r"no kernel missing in toys-.*; there are mirror, ring"):
+    with pytest.raises(RuntimeError, match=r"no kernel missing in toys-.*; there are mirror, ring, exchange"):
         shim("fibers").program("toys.cu", ()).kernel("missing")
     with pytest.raises(ValueError, match=f"mode must be one of {', '.join(MODES)}, got fast"):
         HostCuda("fast", host_folder)

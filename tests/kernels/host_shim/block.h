@@ -112,11 +112,20 @@ class Copies {
   std::vector<std::vector<Copy>> groups_;  // the last one is open
 };
 
+constexpr unsigned kWarp = 32;
+
+// The value that a thread shows to its warp. Two take turns: a thread that is one shuffle ahead leaves the other alone.
+struct Shown {
+  unsigned char values[2][16];
+  unsigned turn;
+};
+
 struct Block {
   Block(const Launch& launch, unsigned index)
       : launch(launch), index(index), threads(launch.place.block_size.x), shared(launch.shared_bytes),
         random(launch.seed * 7919u + index * 104729u + 1) {
     for (unsigned t = 0; t < threads; t++) copies.emplace_back(launch.seed);
+    shown.resize(threads);
   }
   std::string name() const {
     return std::string("kernel ") + launch.name + ", block " + std::to_string(index) + " of " +
@@ -137,6 +146,7 @@ struct Block {
   const unsigned index, threads;
   SharedMemory shared;
   std::vector<Copies> copies;
+  std::vector<Shown> shown;
   std::mt19937 random;
 };
 
@@ -149,7 +159,11 @@ extern __thread Block* current;  // the block that this OS thread runs
 struct Site {
   const char* file;
   int line;
+  int mask = 0;  // of a shuffle; a barrier has none
   std::string text() const { return std::string(file) + ":" + std::to_string(line); }
+  bool operator!=(const Site& other) const {
+    return line != other.line || mask != other.mask || std::strcmp(file, other.file);
+  }
 };
 
 // Every thread must come to the same barrier. Called when none can go on.
@@ -161,9 +175,24 @@ inline void check_barrier(const Block& block, const std::vector<unsigned>& waiti
     throw Failure{block.name() + ": thread " + std::to_string(waiting[0]) + " waits at the barrier " + first.text() +
                   ", but thread " + std::to_string(exited[0]) + " has exited"};
   for (unsigned t : waiting)
-    if (sites[t].line != first.line || std::strcmp(sites[t].file, first.file))
+    if (sites[t] != first)
       throw Failure{block.name() + ": thread " + std::to_string(waiting[0]) + " waits at the barrier " + first.text() +
                     ", but thread " + std::to_string(t) + " at " + sites[t].text()};
+}
+
+// The lanes of one warp that wait in a shuffle: the same one for all. Called when every lane has come.
+inline void check_shuffle(const Block& block, const std::vector<unsigned>& lanes, const std::vector<Site>& sites) {
+  for (unsigned t : lanes)
+    if (sites[t] != sites[lanes[0]])
+      throw Failure{block.name() + ": thread " + std::to_string(lanes[0]) + " is in the shuffle " +
+                    sites[lanes[0]].text() + " by " + std::to_string(sites[lanes[0]].mask) + ", but thread " +
+                    std::to_string(t) + " in that " + sites[t].text() + " by " + std::to_string(sites[t].mask)};
+}
+
+// And called when no thread of the block can go on.
+[[noreturn]] inline void fail_in_shuffle(const Block& block, unsigned thread, const Site& site) {
+  throw Failure{block.name() + ": thread " + std::to_string(thread) + " waits in the shuffle " + site.text() +
+                " for lanes of its warp that do not come"};
 }
 
 }  // namespace shim

@@ -52,14 +52,25 @@ class Fibers {
     active() = this;
     std::vector<unsigned> ready(block_.threads), exited;
     for (unsigned t = 0; t < block_.threads; t++) ready[t] = t;
+    std::vector<unsigned> waiting;
+    std::vector<std::vector<unsigned>> shuffling((block_.threads + kWarp - 1) / kWarp);  // by warp
     while (!ready.empty()) {
       std::shuffle(ready.begin(), ready.end(), block_.random);
-      std::vector<unsigned> waiting;
       for (unsigned t : ready) {
         switch_to(t);
         if (!failure_.what.empty()) throw failure_;
-        (fibers_[t].exited ? exited : waiting).push_back(t);
+        (fibers_[t].exited ? exited : sites_[t].mask ? shuffling[t / kWarp] : waiting).push_back(t);
       }
+      ready.clear();
+      for (std::vector<unsigned>& lanes : shuffling) {
+        if (lanes.size() < kWarp) continue;
+        check_shuffle(block_, lanes, sites_);
+        ready.insert(ready.end(), lanes.begin(), lanes.end());
+        lanes.clear();
+      }
+      if (!ready.empty()) continue;
+      for (const std::vector<unsigned>& lanes : shuffling)
+        if (!lanes.empty()) fail_in_shuffle(block_, lanes[0], sites_[lanes[0]]);
       check_barrier(block_, waiting, sites_, exited);
       races::next_interval(block_.index);
       ready.swap(waiting);
@@ -147,6 +158,6 @@ class Fibers {
 
 using Worker = Stacks;  // what an OS thread keeps from block to block
 void run(Block& block, Worker& stacks) { Fibers(block, stacks).run(); }
-void arrive(const char* file, int line) { Fibers::active()->wait({file, line}); }
+void arrive(Site site) { Fibers::active()->wait(site); }
 
 }  // namespace shim

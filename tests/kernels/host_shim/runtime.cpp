@@ -17,7 +17,16 @@ __thread Block* current;
 
 void* dynamic_shared() { return current->shared.data(); }
 
-void barrier(const char* file, int line) { arrive(file, line); }
+void barrier(const char* file, int line) { arrive({file, line}); }
+
+void shuffle_xor(const void* mine, void* theirs, int bytes, int mask, const char* file, int line) {
+  if (mask < 1 || mask >= int(kWarp)) fail("shuffle by " + std::to_string(mask) + "; 1 to 31 are allowed");
+  Shown& own = current->shown[place.thread.x];
+  const unsigned turn = own.turn++ % 2;
+  std::memcpy(own.values[turn], mine, bytes);
+  arrive({file, line, mask});
+  std::memcpy(theirs, current->shown[place.thread.x ^ unsigned(mask)].values[turn], bytes);
+}
 
 void async_copy(void* shared, const void* global, int bytes) {
   if (bytes != 4 && bytes != 8 && bytes != 16)

@@ -20,6 +20,9 @@ extern __thread Place place;  // of the CUDA thread that runs on this OS thread 
 void* dynamic_shared();
 void barrier(const char* file, int line);
 
+// __shfl_xor_sync by all threads of a warp: of thread t, the value of its lane ^ mask. Orders no access to memory.
+void shuffle_xor(const void* mine, void* theirs, int bytes, int mask, const char* file, int line);
+
 // cp.async: a copy is performed at any time between its issue and the wait that covers its group.
 void async_copy(void* shared, const void* global, int bytes);
 void async_commit();

@@ -11,7 +11,9 @@ namespace shim {
 
 class Threads {
  public:
-  explicit Threads(Block& block) : block_(block), sites_(block.threads) {}
+  explicit Threads(Block& block)
+      : block_(block), sites_(block.threads), shuffling_((block.threads + kWarp - 1) / kWarp),
+        shuffles_(shuffling_.size()) {}
 
   void run() {
     active() = this;
@@ -23,11 +25,15 @@ class Threads {
 
   void wait(Site site) {
     std::unique_lock<std::mutex> lock(mutex_);
-    sites_[place.thread.x] = site;
-    waiting_.push_back(place.thread.x);
-    const unsigned interval = interval_;
-    release_if_stuck();
-    released_.wait(lock, [&] { return interval_ != interval || !failure_.what.empty(); });
+    const unsigned t = place.thread.x;
+    sites_[t] = site;
+    std::vector<unsigned>& with = site.mask ? shuffling_[t / kWarp] : waiting_;
+    unsigned& interval = site.mask ? shuffles_[t / kWarp] : interval_;
+    with.push_back(t);
+    const unsigned now = interval;
+    if (site.mask && with.size() == kWarp) release_warp(t / kWarp);
+    else release_if_stuck();
+    released_.wait(lock, [&] { return interval != now || !failure_.what.empty(); });
     if (!failure_.what.empty()) throw failure_;
   }
   static Threads*& active() {
@@ -51,10 +57,25 @@ class Threads {
     release_if_stuck();
   }
 
-  // With the lock held.
-  void release_if_stuck() {
-    if (failure_.what.empty() && waiting_.size() + exited_.size() < block_.threads) return;
+  // Both with the lock held.
+  void release_warp(unsigned warp) {
     try {
+      check_shuffle(block_, shuffling_[warp], sites_);
+    } catch (const Failure& failure) {
+      failure_ = failure;
+    }
+    shuffling_[warp].clear();
+    shuffles_[warp]++;
+    released_.notify_all();
+  }
+
+  void release_if_stuck() {
+    size_t idle = waiting_.size() + exited_.size();
+    for (const std::vector<unsigned>& lanes : shuffling_) idle += lanes.size();
+    if (failure_.what.empty() && idle < block_.threads) return;
+    try {
+      for (const std::vector<unsigned>& lanes : shuffling_)
+        if (failure_.what.empty() && !lanes.empty()) fail_in_shuffle(block_, lanes[0], sites_[lanes[0]]);
       if (failure_.what.empty()) check_barrier(block_, waiting_, sites_, exited_);
     } catch (const Failure& failure) {
       failure_ = failure;
@@ -67,6 +88,8 @@ class Threads {
   Block& block_;
   std::vector<Site> sites_;
   std::vector<unsigned> waiting_, exited_;
+  std::vector<std::vector<unsigned>> shuffling_;  // by warp
+  std::vector<unsigned> shuffles_;
   std::mutex mutex_;
   std::condition_variable released_;
   unsigned interval_ = 0;
@@ -75,6 +98,6 @@ class Threads {
 
 struct Worker {};  // what an OS thread keeps from block to block
 void run(Block& block, Worker&) { Threads(block).run(); }
-void arrive(const char* file, int line) { Threads::active()->wait({file, line}); }
+void arrive(Site site) { Threads::active()->wait(site); }
 
 }  // namespace shim

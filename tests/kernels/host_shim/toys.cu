@@ -12,7 +12,8 @@ struct Args {
 enum Bug : int64_t {
   kNone, kNoBarrierBeforeRead, kNoBarrierAfterRead, kSharedWrite, kSharedRead, kGlobalWrite, kGlobalRead, kDivergent,
   kExited, kOtherBarrier, kBlocksMeet, kNoWait, kShortWait, kNoCommit, kNoBarrierAfterWait, kEarlyRefill, kMisaligned,
-  kOddSize, kNotShared, kFromShared, kOverflow,
+  kOddSize, kNotShared, kFromShared, kOverflow, kAbsentLane, kOtherShuffle,
+  kShuffleForBarrier,
 };
 
 }  // namespace toys
@@ -75,4 +76,18 @@ TOY(ring) {
     fetch(row + 2);
   }
   args.out[blockIdx.x * width + t] = sum;
+}
+
+// out[t] = in[t ^ 1] + in[t ^ 2] in each row of blockDim.x elements.
+TOY(exchange) {
+  const int t = threadIdx.x;
+  const bool bug = t == 1;
+  float* shared = static_cast<float*>(shim::dynamic_shared());
+  const float v = args.in[int64_t(blockIdx.x) * blockDim.x + t];
+  float other = 0;
+  shared[t] = v;
+  if (args.bug != kAbsentLane || !bug)
+    shim::shuffle_xor(&v, &other, 4, args.bug == kOtherShuffle && bug ? 2 : 1, __FILE__, __LINE__);
+  if (args.bug != kShuffleForBarrier) __syncthreads();
+  args.out[int64_t(blockIdx.x) * blockDim.x + t] = other + shared[t ^ 2];
 }
