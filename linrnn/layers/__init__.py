@@ -21,6 +21,8 @@ from linrnn.layers.retnet import RetNet, RetNetState
 from linrnn.layers.rglru import RGLRU, RGLRUState
 from linrnn.layers.rwkv4 import RWKV4, RWKV4State
 from linrnn.layers.rwkv7 import RWKV7, RWKV7State
+from linrnn.layers.s4d import S4D, S4DState
+from linrnn.layers.s5 import S5, S5State
 from linrnn.layers.slru import SLRU, SLRUState
 from linrnn.layers.token_mix import TokenMix
 
@@ -41,6 +43,8 @@ LAYERS: dict[str, type[RecurrentLayer]] = {
     "rglru": RGLRU,
     "rwkv4": RWKV4,
     "rwkv7": RWKV7,
+    "s4d": S4D,
+    "s5": S5,
     "slru": SLRU,
     "token_mix": TokenMix,
 }
@@ -83,6 +87,8 @@ __all__ = [
     "RGLRU",
     "RWKV4",
     "RWKV7",
+    "S4D",
+    "S5",
     "SLRU",
     "Attention",
     "AttentionState",
@@ -109,6 +115,8 @@ __all__ = [
     "RecurrentLayer",
     "RetNet",
     "RetNetState",
+    "S4DState",
+    "S5State",
     "SLRUState",
     "State",
     "TokenMix",
