@@ -16,6 +16,7 @@ from linrnn.layers.linear_attention import LinearAttention, LinearAttentionState
 from linrnn.layers.lru import LRU, LRUState
 from linrnn.layers.mamba import Mamba, MambaState
 from linrnn.layers.mamba2 import Mamba2, Mamba2State
+from linrnn.layers.mega import Mega, MegaState
 from linrnn.layers.performer import Performer
 from linrnn.layers.retnet import RetNet, RetNetState
 from linrnn.layers.rglru import RGLRU, RGLRUState
@@ -38,6 +39,7 @@ LAYERS: dict[str, type[RecurrentLayer]] = {
     "lru": LRU,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "mega": Mega,
     "performer": Performer,
     "retnet": RetNet,
     "rglru": RGLRU,
@@ -108,6 +110,8 @@ __all__ = [
     "Mamba2",
     "Mamba2State",
     "MambaState",
+    "Mega",
+    "MegaState",
     "Performer",
     "RGLRUState",
     "RWKV4State",
