@@ -108,7 +108,7 @@ class RGLRU(RecurrentLayer):
 
 
 def begin(x: Tensor, begun: Tensor | None, reset: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Finds the first real token of every document of x (B, T, D), flags (B, T), and whether the last one has begun.
+    """Flags the first real token of every document of x (B, T, D), and padding before it; says if the last has begun.
 
     `begun` (B) is nonzero where the document of the first token has; the result has its meaning, 0 or 1.
     """
@@ -124,9 +124,8 @@ def begin(x: Tensor, begun: Tensor | None, reset: Tensor | None, mask: Tensor | 
     # of these, those before its document; -1 passes for a token before the first
     start = -carried.long()[:, None]
     start = torch.where(reset, before, start).cummax(1).values if reset is not None else start
-    first = real & (before == start)
     after = (before + real.long() > start)[:, -1]
-    return first, after.to(dtype)
+    return before == start, after.to(dtype)
 
 
 def bounded_sqrt(x: Tensor) -> Tensor:

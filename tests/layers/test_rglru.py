@@ -143,6 +143,13 @@ def test_first_token_is_not_shrunk() -> None:
     assert state.begun.tolist() == [1, 1]
 
 
+def test_padding_after_a_reset_leaves_the_zero_state() -> None:
+    layer, x = RGLRU(D), torch.randn(2, 3, D)
+    time = torch.arange(3).expand(2, 3)
+    _, state = layer(x, reset=time == 1, mask=time == 0)
+    assert not state.h.any() and not state.begun.any()
+
+
 def test_states_before_the_beginning_count_for_nothing() -> None:
     layer, x = RGLRU(D), torch.randn(2, 3, D)
     state = RGLRUState(torch.full((2, D), 1e3), torch.zeros(2))
