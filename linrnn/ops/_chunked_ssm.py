@@ -28,12 +28,14 @@ class Layout(NamedTuple):
     forgotten: Tensor | None  # (B) whether a reset follows the last token
 
 
-def chunked_ssm(log_a, b, c, x, h0, reset, mask, conv: bool):
-    """diagonal_ssm in the form "chunk" or "conv": b, c and h0 in the dtype of states, x real in its precision."""
+def chunked_ssm(log_a, b, c, x, h0, reset, mask, length: int, conv: bool):
+    """diagonal_ssm in the form "chunk" or "conv" (without reset): b, c and h0 in the dtype of states.
+
+    length: tokens of a document, about; a chunk has no more, so that chunks are half full on average.
+    """
     B, T, _ = x.shape
     D, N = b.shape
-    conv = conv and reset is None
-    C = chunk_length(T, CHUNK)
+    C = chunk_length(length, CHUNK)
     layout = None if reset is None and mask is None else lay_out(reset, mask, B, T, C, x.device)
     if layout is None:
         n = -(-T // C)

@@ -17,12 +17,12 @@ PIECE = 2**22  # numbers in the states that the form "scan" holds at once
 
 
 def diagonal_ssm_reference(log_a, b, c, x, initial_state, reset, mask):
-    """The recurrence as written, token by token: the oracle of the tests. Arguments as diagonal_ssm, all given."""
+    """The recurrence as written, token by token: the oracle of the tests. Arguments as diagonal_ssm, checked."""
     h, ys = initial_state, []
     for t in range(x.shape[1]):
-        h = torch.where(reset[:, t, None, None], 0, h)
+        h = h if reset is None else torch.where(reset[:, t, None, None], 0, h)
         new = log_a.exp() * h + b * x[:, t, :, None]
-        h = torch.where(mask[:, t, None, None], new, h)
+        h = new if mask is None else torch.where(mask[:, t, None, None], new, h)
         ys.append((c * h).real.sum(-1))
     return torch.stack(ys, 1), h
 
@@ -43,12 +43,14 @@ def diagonal_ssm(
     The recurrence of S4D (Gu et al. 2022, arXiv:2206.11893) after its discretisation. The forms are one function, with
     all derivatives with respect to log_a, b, c, x and the initial state, from both results:
 
-    - "chunk": chunks of 64 tokens; matrices that a, b and c give once for all sequences read, write and answer inside
-      a chunk, and `diagonal_scan` carries the state across. Memory is a few times x, whatever N is.
+    - "chunk": chunks of up to 64 tokens; matrices that a, b and c give once for all sequences read, write and answer
+      inside a chunk, and `diagonal_scan` carries the state across. Memory is a few times x, whatever N is. With `reset`
+      every document begins a chunk: how many there are depends on the data, and a GPU is waited for.
     - "conv": the FFT convolution with the response c a^t b. With `reset` the form is "chunk".
-    - "scan": `diagonal_scan` over all D N states, in pieces of time; a backward pass recomputes the pieces.
-    - "auto": "scan" for fewer than 8 tokens a sequence or 128 in all, and for `reset` in compiled code, where the
-      number of chunks would depend on the data; otherwise "chunk". Never "conv": the final state alone costs it as much
+    - "scan": `diagonal_scan` over all D N states, in pieces of time; a backward pass recomputes the pieces. Compiled
+      code takes it for every `reset`.
+    - "auto": "scan" for fewer than 8 tokens a sequence or 128 in all, and for documents shorter than 8 tokens;
+      otherwise "chunk". Never "conv": the final state alone costs it as much
       as "chunk" takes for half of everything, and its rounding errors reach earlier tokens.
 
     Args:
@@ -79,29 +81,17 @@ def diagonal_ssm(
     if T == 0 or B == 0:
         h = x.new_zeros((B, D, N), dtype=wide) if initial_state is None else initial_state.clone()
         return x.clone(), h
-    if mode == "auto":
-        few = T < SHORT or B * T < FEW
-        mode = "scan" if few or (reset is not None and torch.compiler.is_compiling()) else "chunk"
+    mode, length = _form(mode, B, T, reset)
+    x_wide = x.to(real)
     with _inputs.full_precision(x.device.type):
-        wide_x = x.to(real)
         if mode == "reference":
             h = x.new_zeros((B, D, N), dtype=wide) if initial_state is None else initial_state
-            off, on = (torch.full((B, T), flag, device=x.device) for flag in (False, True))
-            y, h = diagonal_ssm_reference(
-                log_a.to(torch.promote_types(log_a.dtype, wide)),
-                b,
-                c,
-                wide_x,
-                h,
-                off if reset is None else reset,
-                on if mask is None else mask,
-            )
-            h = h.to(wide)
+            y, h = diagonal_ssm_reference(log_a, b, c, x_wide, h, reset, mask)
         elif mode == "scan":
-            y, h = _scan(log_a, b, c, wide_x, initial_state, reset, mask)
+            y, h = _scan(log_a, b, c, x_wide, initial_state, reset, mask)
         else:
-            y, h = chunked_ssm(log_a, b, c, wide_x, initial_state, reset, mask, conv=mode == "conv")
-    return y.to(x.dtype), h
+            y, h = chunked_ssm(log_a, b, c, x_wide, initial_state, reset, mask, length, mode == "conv")
+    return y.to(x.dtype), h.to(wide)
 
 
 def diagonal_ssm_bidirectional(
@@ -148,6 +138,19 @@ def diagonal_ssm_bidirectional(
         layout = lay_out(None, mask, B, T, 1, x.device)
         with_blank = torch.cat((x, x.new_zeros(B, 1, sizes["D"])), 1)
         return take(fft_conv(take(with_blank, layout.source).to(real), *kernels), layout.place).to(x.dtype)
+
+
+def _form(mode: str, B: int, T: int, reset: Tensor | None) -> tuple[str, int]:
+    """The form that runs, and for chunks how many tokens a document has on average."""
+    auto = mode == "auto"
+    if auto:
+        mode = "scan" if T < SHORT or B * T < FEW else "chunk"
+    if reset is None or mode not in ("chunk", "conv"):
+        return mode, T
+    if torch.compiler.is_compiling():  # cannot count documents
+        return "scan", T
+    length = max(1, T // (1 + int(reset.sum(1).max())))
+    return ("scan" if auto and length < SHORT else "chunk"), length
 
 
 def _scan(log_a, b, c, x, h, reset, mask):
