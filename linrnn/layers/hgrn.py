@@ -1,4 +1,4 @@
-"""The recurrent unit of HGRN (Qin et al. 2023, arXiv:2311.04823, section 3.2).
+"""The recurrent unit of HGRN (Qin et al. 2023, arXiv:2311.04823, section 3).
 
     μ_t = σ(W_μ x_t),  λ_t = γ + (1 - γ) μ_t,  c_t = SiLU(W_c x_t),  g_t = SiLU(W_g x_t)
     h_t = λ_t e^{iθ} h_{t-1} + (1 - λ_t) c_t
@@ -15,14 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import (
-    RecurrentLayer,
-    State,
-    StateSpec,
-    accumulation_dtype,
-    blank_padding,
-    positive_int,
-)
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, positive_int
 from linrnn.layers.heads import HeadNorm
 from linrnn.layers.ring import last_of_document
 from linrnn.layers.token_shift import layer_ratios
