@@ -28,8 +28,7 @@ class GriffinState(NamedTuple):
 class Griffin(RecurrentLayer):
     """RG-LRU between projections, behind a short convolution and in front of a gate.
 
-    Parameters are named as in transformers' RecurrentGemmaRecurrentBlock: linear_x, linear_y, linear_out, rg_lru and
-    conv_1d, whose weight is (lru_width, W) here, without the axis of length one.
+    Parameters are named as in transformers' RecurrentGemmaRecurrentBlock, whose state_dict it loads as it is.
 
     Args:
         d_model: width D of input and output.

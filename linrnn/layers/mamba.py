@@ -8,7 +8,7 @@
 FalconMamba (arXiv:2410.05355) divides δ, B and C by their root mean squares.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,6 @@ class Mamba(RecurrentLayer):
         self.A_log = nn.Parameter(torch.empty(self.d_inner, self.d_state))
         self.D = nn.Parameter(torch.empty(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
-        self.register_load_state_dict_pre_hook(take_filters_of_conv1d)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -141,10 +140,3 @@ def rms_norm(s: Tensor) -> Tensor:
     wide = s.to(accumulation_dtype(s.dtype))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)).to(s.dtype)
 
-
-def take_filters_of_conv1d(layer: Mamba, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Gives the filters of an nn.Conv1d with a group for each channel, (d_inner, 1, W), the shape of ShortConv's."""
-    name = f"{prefix}conv1d.weight"
-    weight = state_dict.get(name)
-    if isinstance(weight, Tensor) and weight.ndim == 3 and weight.shape[1] == 1:
-        state_dict[name] = weight[:, 0]

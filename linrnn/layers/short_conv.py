@@ -4,6 +4,8 @@ The state of linear attention learns to map k to v. Both come from the same toke
 learns to predict a token from itself; with one on k, k_{t-1}, k_t -> v_t is an n-gram (kexue.fm 11320).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,8 @@ STREAMS = ("none", "k", "qkv")
 class ShortConv(nn.Module):
     """y_t = act(bias + sum_j weight[:, W-1-j] * x_{t-j}), j < W: a filter of width W for each channel.
 
-    Its state are the last W - 1 inputs, (B, W-1, D), at least float32.
+    Its state are the last W - 1 inputs, (B, W-1, D), at least float32. It loads the filters of a torch.nn.Conv1d with a
+    group for each channel, (D, 1, W), as well as its own, (D, W).
 
     Args:
         channels: number D of channels.
@@ -32,6 +35,7 @@ class ShortConv(nn.Module):
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.register_load_state_dict_pre_hook(take_filters_of_conv1d)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -48,6 +52,14 @@ class ShortConv(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Maps x (B, T, D) and a state (None is zero) to y (B, T, D) and the next state."""
         return causal_conv1d(x, self.weight, self.bias, state, activation=self.activation, reset=reset, mask=mask)
+
+
+def take_filters_of_conv1d(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Takes the axis of length one out of the filters of a torch.nn.Conv1d."""
+    name = f"{prefix}weight"
+    weight = state_dict.get(name)
+    if isinstance(weight, Tensor) and weight.ndim == 3 and weight.shape[1] == 1:
+        state_dict[name] = weight[:, 0]
 
 
 class QKVConv(nn.Module):

@@ -63,6 +63,8 @@ def test_equals_transformers() -> None:
     names = layer.state_dict()
     names["conv_1d.weight"] = names["conv_1d.weight"][:, None]
     oracle.load_state_dict(names)
+    layer = Griffin(D, lru_width=D, n_heads=4).double()
+    layer.load_state_dict(oracle.state_dict())
 
     x, position = torch.randn(2, T, D, dtype=torch.float64, requires_grad=True), torch.arange(T).expand(2, T)
     expected = oracle(x, position, None, use_cache=False)[0]
