@@ -2,10 +2,12 @@
 
 from linrnn.models.backbone import SequenceBackbone
 from linrnn.models.classifier import SequenceClassifier
+from linrnn.models.language import LanguageModel
 from linrnn.models.optim import count_params, match_params, param_groups
 from linrnn.models.pretrained import Pretrained
 
 __all__ = [
+    "LanguageModel",
     "Pretrained",
     "SequenceBackbone",
     "SequenceClassifier",

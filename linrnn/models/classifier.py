@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from linrnn.layers.base import accumulation_dtype, describe, positive_int
 from linrnn.models.backbone import SequenceBackbone
 from linrnn.models.pretrained import Pretrained
-from linrnn.ops._backend import unwatched
+from linrnn.models.tokens import check_ids, embed_ids
 
 POOLINGS = ("mean", "last", "max", "cls")
 
@@ -123,28 +123,16 @@ class SequenceClassifier(Pretrained):
     def embed_inputs(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Maps inputs to embeddings (B, T, d_model); padded ones become those of id 0, or of zeros."""
         self.check_inputs(x, mask)
-        if mask is not None:
-            x = x.masked_fill(~mask if self.d_input is None else ~mask[..., None], 0)
-        # reading ids back from a GPU would stop it at every call, and torch.func cannot; there the embedding raises
-        readable = x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() and unwatched((x,))
-        if self.vocab_size is not None and readable:
-            low, high = (int(v) for v in x.aminmax())
-            if low < 0 or high >= self.vocab_size:
-                raise ValueError(
-                    f"x: expected ids from 0 to {self.vocab_size - 1}, got {low if low < 0 else high}; "
-                    "mark padding with mask"
-                )
-        return self.embed(x if self.d_input is not None else x.long())
+        if isinstance(self.embed, nn.Embedding):
+            return embed_ids("x", x, self.embed, mask)
+        return self.embed(x if mask is None else x.masked_fill(~mask[..., None], 0))
 
     def check_inputs(self, x: Tensor, mask: Tensor | None) -> None:
         """Raises ValueError or TypeError for inputs that the model cannot take."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a tensor, got {describe(x)}")
         if self.d_input is None:
-            if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-                raise ValueError(f"x: expected integer token ids, got {x.dtype}")
-            if x.ndim != 2:
-                raise ValueError(f"x: expected token ids of shape (batch, time), got {tuple(x.shape)}")
+            check_ids("x", x)
+        elif not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {describe(x)}")
         elif not x.is_floating_point():
             raise ValueError(f"x: expected floating point inputs, got {x.dtype}")
         elif x.ndim != 3 or x.shape[-1] != self.d_input:

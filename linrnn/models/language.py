@@ -1,0 +1,113 @@
+"""Language models: embed, mix, predict the next token."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linrnn.layers.base import State, describe, positive_int
+from linrnn.models.backbone import SequenceBackbone
+from linrnn.models.pretrained import Pretrained
+from linrnn.models.tokens import check_ids, embed_ids
+
+
+class LanguageModel(Pretrained):
+    """Maps token ids (B, T) and a state to the logits (B, T, vocab_size) of each next token and the state behind them.
+
+    ```python
+    logits, state = model(ids, state=None, reset=None, mask=None)
+    logits_t, state = model.step(ids_t, state)  # ids_t: (B,), logits_t: (B, vocab_size)
+    ```
+
+    State, reset and mask are those of a layer: `SequenceBackbone` keeps the same contract, and its last norm is the
+    final norm here. A new model's loss is about log(vocab_size): a tied head, whose logits would favour the token just
+    read by far, starts behind a final norm whose gain is 1 / sqrt(d_model).
+
+    Args:
+        vocab_size: number V of token ids.
+        mixer, d_model, n_layers, mixer_kwargs, ffn_expand, norm, prenorm, dropout: the backbone's.
+        tie_embeddings: the head's weight is the embedding's (Press and Wolf 2017, arXiv:1608.05859).
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        mixer: str | Sequence[str] = "lru",
+        d_model: int = 64,
+        n_layers: int = 2,
+        tie_embeddings: bool = False,
+        dropout: float = 0.0,
+        mixer_kwargs: Mapping[str, Any] | None = None,
+        ffn_expand: float = 2.0,
+        norm: str = "rms",
+        prenorm: bool = True,
+    ):
+        super().__init__()
+        self.config = self.constructor_arguments(locals())
+        self.vocab_size, self.tie_embeddings = positive_int("vocab_size", vocab_size), tie_embeddings
+        self.backbone = SequenceBackbone(
+            mixer,
+            d_model,
+            n_layers,
+            mixer_kwargs=mixer_kwargs,
+            ffn_expand=ffn_expand,
+            norm=norm,
+            prenorm=prenorm,
+            dropout=dropout,
+        )
+        if not self.backbone.causal:
+            raise ValueError(f"mixer_kwargs: a language model looks back only; expected causal mixers, got {mixer!r}")
+        self.embed = nn.Embedding(vocab_size, d_model)
+        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        if tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws a new embedding and head; the layers below have drawn theirs."""
+        d_model = self.backbone.d_model
+        nn.init.normal_(self.embed.weight, std=d_model**-0.5 if self.tie_embeddings else 1.0)
+        if self.tie_embeddings:
+            norms = [module for module in self.backbone.modules() if isinstance(module, (nn.RMSNorm, nn.LayerNorm))]
+            nn.init.constant_(norms[-1].weight, d_model**-0.5)
+        else:
+            nn.init.normal_(self.head.weight, std=d_model**-0.5)
+
+    def forward(
+        self, ids: Tensor, state: State = None, *, reset: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Maps ids (B, T) integer and a state to logits (B, T, V) and the state after the last token.
+
+        Raises:
+            TypeError: ids is no tensor, or the state none of this model's.
+            ValueError: a wrong shape or dtype, or an id outside the vocabulary.
+        """
+        h, state = self.features(ids, state, reset=reset, mask=mask)
+        return self.head(h), state
+
+    def features(
+        self, ids: Tensor, state: State = None, *, reset: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Maps ids (B, T) and a state to what the head reads (B, T, D) and the state: a prefill needs no logits."""
+        check_ids("ids", ids)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != ids.shape):
+            raise ValueError(f"mask: expected a bool tensor of shape {tuple(ids.shape)}, got {describe(mask)}")
+        return self.backbone(embed_ids("ids", ids, self.embed, mask), state, reset=reset, mask=mask)
+
+    def step(self, ids_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Maps one token ids_t (B,) and a state to logits (B, V) and the next state: forward at length 1."""
+        if not isinstance(ids_t, Tensor) or ids_t.ndim != 1:
+            raise ValueError(f"ids_t: expected a tensor of shape (batch,), got {describe(ids_t)}")
+        logits, state = self(ids_t[:, None], state)
+        return logits[:, 0], state
+
+    def init_state(self, batch_size: int) -> State:
+        """Returns the state before the first token, on the device and in the precision of the model."""
+        return self.backbone.init_state(batch_size)
+
+    @property
+    def state_size(self) -> int | None:
+        """Numbers in the state of one sequence; None if it grows with T."""
+        return self.backbone.state_size
