@@ -17,6 +17,14 @@ inline void async_copy(void* shared, int offset, const void* global) {
 inline void async_commit() { shim::async_commit(); }
 template <int GROUPS>
 inline void async_wait() { shim::async_wait(GROUPS); }
+inline float power_of_two(float x) { return __builtin_exp2f(x); }
+inline double power_of_two(double x) { return __builtin_exp2(x); }
+template <class R>
+inline R shuffle_xor(R v, int mask, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  R other;
+  shim::shuffle_xor(&v, &other, sizeof v, mask, file, line);
+  return other;
+}
 
 #else
 
@@ -52,6 +60,18 @@ inline void async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 #endif
 }
+
+// 2^x: one instruction of the special function unit, right to two units in the last place; what is subnormal is 0.
+inline float power_of_two(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+inline double power_of_two(double x) { return exp2(x); }
+
+// The v of lane ^ mask; all lanes of the warp take part.
+template <class R>
+inline R shuffle_xor(R v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 
 #endif
 

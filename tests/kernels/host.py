@@ -27,7 +27,7 @@ import pytest
 
 import linrnn.kernels
 from linrnn.kernels import cuda
-from linrnn.kernels.cuda import DeviceProperties, diagonal_scan, diagonal_step
+from linrnn.kernels.cuda import DeviceProperties, diagonal_scan, diagonal_step, selective_scan
 
 MODES = ("fibers", "races", "address", "threads")
 SHIM = Path(__file__).parent / "host_shim"
@@ -162,6 +162,7 @@ def _forget_kernels() -> None:
     """The launchers remember kernels, and so the host or the driver that they are of."""
     diagonal_scan._layout.cache_clear()
     diagonal_step._kernel.cache_clear()
+    selective_scan._layout.cache_clear()
 
 
 def build(source: Path, definitions: tuple[str, ...], mode: str, folder: Path) -> tuple[Path, list[str]]:

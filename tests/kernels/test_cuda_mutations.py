@@ -92,8 +92,11 @@ PRECISION = {
 
 
 def synchronisation() -> Iterator[tuple[str, str, str, str]]:
-    """Name, file, text and its replacement, for each place. device.cuh is left out: it defines these functions."""
+    """Name, file, text and its replacement, for each place. device.cuh is left out: it defines these functions; and the
+    selective scan has its own (test_cuda_selective.py)."""
     for path in sorted(p for p in SOURCES.iterdir() if p.suffix in (".cu", ".cuh") and p.name != "device.cuh"):
+        if path.name.startswith("selective"):
+            continue
         text = path.read_text()
         for pattern, replacement in SYNCHRONISATION:
             for number, match in enumerate(re.finditer(pattern, text), 1):
