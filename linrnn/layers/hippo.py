@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from linrnn.layers.base import accumulation_dtype
+
 INITS = ("lin", "inv", "legs")
 DISCRETISATIONS = ("zoh", "bilinear")
 
@@ -69,6 +71,11 @@ def _expm1(z: Tensor) -> Tensor:
     """exp(z) - 1 without cancellation at small z."""
     r, half = z.real.exp(), z.imag / 2
     return torch.complex(torch.expm1(z.real) * z.imag.cos() - 2 * half.sin().square(), r * z.imag.sin())
+
+
+def inside_circle(log_a: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns log_a with |exp(log_a)| at most so far below one that a layer of `dtype` does not round it to one."""
+    return torch.complex(log_a.real.clamp(max=-4 * torch.finfo(accumulation_dtype(dtype)).eps), log_a.imag)
 
 
 def exact_dtype(v: Tensor) -> torch.dtype:

@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, positive_int
-from linrnn.layers.hippo import DISCRETISATIONS, INITS, check_choice, discretize, exact_dtype, s4d_eigenvalues
+from linrnn.layers.hippo import (
+    DISCRETISATIONS,
+    INITS,
+    check_choice,
+    discretize,
+    exact_dtype,
+    inside_circle,
+    s4d_eigenvalues,
+)
 from linrnn.layers.time_step import check_time_steps
 from linrnn.ops import diagonal_ssm, diagonal_ssm_bidirectional
 
@@ -108,12 +116,10 @@ class S4D(RecurrentLayer):
     def discrete(self) -> tuple[Tensor, Tensor]:
         """Returns log Ā and B̄, (D, N / 2) complex128: |Ā| < 1 in the layer's precision, whatever the parameters."""
         dtype = exact_dtype(self.log_dt)
-        eps = torch.finfo(accumulation_dtype(self.log_dt.dtype)).eps
-        log_dt = self.log_dt.to(dtype).clamp(-20, 7)[:, None]
-        # log(-Re(A) Δ), kept where exp(Re(A) Δ) rounds neither to one nor to zero
-        log_decay = (self.log_A_real.to(dtype) + log_dt).clamp(math.log(4 * eps), math.log(80))
-        A = torch.complex(-(log_decay - log_dt).exp(), self.A_imag.to(dtype))
-        return discretize(A, log_dt.exp(), self.disc)
+        dt = self.log_dt.to(dtype).clamp(-20, 7).exp()[:, None]
+        A = torch.complex(-self.log_A_real.to(dtype).clamp(-80, 80).exp(), self.A_imag.to(dtype))
+        log_a, b = discretize(A, dt, self.disc)
+        return inside_circle(log_a, self.D.dtype), b
 
     def forward(
         self, x: Tensor, state: State = None, *, reset: Tensor | None = None, mask: Tensor | None = None

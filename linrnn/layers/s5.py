@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, positive_int
-from linrnn.layers.hippo import DISCRETISATIONS, check_choice, discretize, exact_dtype, normal_legs
+from linrnn.layers.hippo import DISCRETISATIONS, check_choice, discretize, exact_dtype, inside_circle, normal_legs
 from linrnn.layers.ring import last_of_document
 from linrnn.layers.time_step import check_time_steps
 from linrnn.ops import diagonal_scan
@@ -76,8 +76,7 @@ class S5(RecurrentLayer):
         if self.d_state % 2:
             raise ValueError(f"d_state: expected an even size, whose eigenvalues are conjugate pairs, got {d_state}")
         if blocks is None:
-            blocks = max(J for J in range(1, self.d_state // 32 + 2) if self.d_state % (2 * J) == 0)
-            blocks = blocks if self.d_state >= 32 * blocks else 1
+            blocks = max(J for J in range(1, max(1, self.d_state // 32) + 1) if self.d_state % (2 * J) == 0)
         if self.d_state % (2 * positive_int("blocks", blocks)):
             raise ValueError(f"blocks: expected a divisor of d_state / 2 = {self.d_state // 2}, got {blocks}")
         check_choice("disc", disc, DISCRETISATIONS)
@@ -131,10 +130,11 @@ class S5(RecurrentLayer):
         dtype = exact_dtype(self.log_dt)
         dt = self.log_dt.to(dtype).clamp(-20, 7).exp()
         re = self.Lambda_re.to(dtype)
-        if self.clip_eigs:  # and |Λ̄| < 1 in the layer's precision
-            eps = torch.finfo(accumulation_dtype(self.log_dt.dtype)).eps
-            re = torch.minimum(re.clamp(max=-1e-4), -4 * eps / dt.detach())
+        if self.clip_eigs:
+            re = re.clamp(max=-1e-4)
         log_a, factor = discretize(torch.complex(re, self.Lambda_im.to(dtype)), dt, self.disc)
+        if self.clip_eigs:
+            log_a = inside_circle(log_a, self.D.dtype)
         wide = torch.promote_types(self.D.dtype, torch.complex64)
         return log_a.exp().to(wide), factor.to(wide)
 
