@@ -123,6 +123,45 @@ def copy_bandwidth(device: torch.device, size: int = 2 << 30) -> float:
     return 2 * size / ms * 1e3
 
 
+def synchronized(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """A function that returns once the device is done, for clocks of the host."""
+    if device.type != "cuda":
+        return function
+
+    def run():
+        function()
+        torch.cuda.synchronize(device)
+
+    return run
+
+
+def peak_memory(function: Callable[[], object], device: torch.device) -> float:
+    """MiB that a call of `function` takes at its peak, results included, on top of what is held before.
+
+    On a CPU this is Linux's high-water mark of resident memory, set back before the call. It misses what the process
+    has freed and malloc still holds: measure in a fresh process, after a small call that loads and starts everything.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = function()
+        torch.cuda.synchronize(device)
+        del result
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_kib("VmRSS")
+    result = function()
+    peak = _status_kib("VmHWM") - before
+    del result
+    return peak / 2**10
+
+
+def _status_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raises TimeoutError within the block after `seconds`: peers compile for as long as they like."""

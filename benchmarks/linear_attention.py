@@ -166,21 +166,10 @@ def agrees(name: str, peer: str, op: Op, reference: Op, tensors: list[Tensor]) -
     return True
 
 
-def synchronized(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    if device.type != "cuda":
-        return function
-
-    def run():
-        function()
-        torch.cuda.synchronize(device)
-
-    return run
-
-
 def measure(T: int, device: torch.device, seconds: float) -> list[tuple[str, float, float]]:
     """Rows (name, forward ms, forward+backward ms), the ceiling first; a peer follows the op that it computes."""
     named = inputs(T, device)
-    both, forward = {}, {"matrix products": synchronized(matrix_products(T, device), device)}
+    both, forward = {}, {"matrix products": common.synchronized(matrix_products(T, device), device)}
     found = peers(device)
     for name, (args, op) in ours().items():
         tensors = [named[arg] for arg in args]
@@ -198,7 +187,7 @@ def measure(T: int, device: torch.device, seconds: float) -> list[tuple[str, flo
                 with torch.no_grad():
                     return f(*tensors)
 
-            forward[label], both[label] = synchronized(no_grad, device), synchronized(backward, device)
+            forward[label], both[label] = common.synchronized(no_grad, device), common.synchronized(backward, device)
     times = common.best_times(forward, seconds)
     times_both = common.best_times(both, seconds)
     return [(name, ms, times_both.get(name, float("nan"))) for name, ms in times.items()]
@@ -224,7 +213,7 @@ def decoding(device: torch.device) -> str:
         "short convolution": lambda: causal_conv1d(x, named["weight"], None, torch.zeros(1, 3, D, device=device)),
     }
     with torch.inference_mode():
-        runs = {n: synchronized(lambda f=f: [f() for _ in range(calls)], device) for n, f in steps.items()}
+        runs = {n: common.synchronized(lambda f=f: [f() for _ in range(calls)], device) for n, f in steps.items()}
         times = common.best_times(runs)
     return "; ".join(f"{name} {1e3 * ms / calls:.0f} us" for name, ms in times.items())
 
