@@ -55,7 +55,7 @@ class Mega(RecurrentLayer):
         d_value: width v of V and γ; D if None. The paper's models have 2 D.
         chunk_size: attention within chunks of so many tokens, with a state of constant size, in time linear in T; None
             for attention over everything, the MEGA of the paper, in quadratic time and with a state that grows.
-        attention_fn: f, "softmax", "laplace" (the paper's for vision and audio) or "relu2".
+        attention_fn: f, "softmax", "laplace" (the authors' for the images of LRA) or "relu2".
         rel_pos_bias: b_rel, "rotary", for any length, or "simple", one number for each distance.
         max_positions: the largest number of tokens that "simple" has distances for, with padding; chunk_size in chunks.
         bidirectional: averages in both directions and attends to later tokens; such a layer cannot step.
@@ -160,16 +160,16 @@ class Mega(RecurrentLayer):
             k, v = torch.cat((state.k.to(k.dtype), k), 1), torch.cat((state.v.to(v.dtype), v), 1)  # (B, S + T, ·)
         carried = k.shape[1] - T
         L = T if C is None else min(C, T)
-        # a chunk is a block of queries and all its keys, unless it began in the state or at a reset
-        aligned = C is None or (state is None and packed.reset is None)
-        past = carried if aligned else (C or 1) - 1
-        future = 0 if aligned or self.causal else (C or 1) - 1
+        # a chunk is a block of queries with all their keys, unless it began at a reset, anywhere in a block
+        past, future = carried, 0
+        if C is not None and packed.reset is not None:
+            past, future = C - 1, 0 if self.causal else C - 1
         missing = -T % L
         pad = (0, 0, past - carried, missing + future)
         before = F.pad(seen.before, (0, missing)).unflatten(1, (-1, L))  # (1 or B, G, L)
         after = None if seen.after is None else F.pad(seen.after, (0, missing)).unflatten(1, (-1, L))
-        if self.causal and aligned and past == 0 and packed.reset is None:
-            before = before[:1, :1] if packed.lengths is None else torch.arange(L, device=q.device)[None, None]
+        if self.causal and past == 0 and packed.reset is None:  # all blocks are alike, and need one mask
+            before = torch.arange(L, device=q.device)[None, None]
         o = self.read(
             F.pad(q, (0, 0, 0, missing)).unflatten(1, (-1, L)),
             windows(F.pad(k, pad), past, L, future),
@@ -207,7 +207,7 @@ class Mega(RecurrentLayer):
 
     def carry(self, k: Tensor, v: Tensor, length: Tensor, packed: Packed, T: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the k, v and length of the next state."""
-        wide = accumulation_dtype(k.dtype)
+        wide = accumulation_dtype(self.kappa.dtype)
         if not self.causal or (self.chunk_size is None and packed.reset is None and packed.lengths is None):
             return k, v, length.to(wide)
         n = k.shape[1] if self.chunk_size is None else self.chunk_size - 1

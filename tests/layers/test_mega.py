@@ -83,6 +83,10 @@ def test_equals_the_formulas(kwargs: dict[str, Any], bidirectional: bool) -> Non
     x = torch.randn(2, 11, D, dtype=torch.float64, requires_grad=True)
     y, expected = layer(x)[0], torch.stack([naive(layer, row) for row in x])
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    if not bidirectional:
+        first, state = layer(x[:, :3])
+        rest, _ = layer(x[:, 3:], state)
+        torch.testing.assert_close(torch.cat((first, rest), 1), expected, rtol=1e-10, atol=1e-10)
     sources = [x, *layer.parameters()]
     ours, theirs = (torch.autograd.grad((out**2).sum(), sources) for out in (y, expected))
     for our, their in zip(ours, theirs, strict=True):
@@ -169,8 +173,10 @@ def test_low_precision(kwargs: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 @each_way
-def test_compiles_with_full_attention(bidirectional: bool) -> None:
-    layer = Mega(D, chunk_size=None, attention_fn="laplace", bidirectional=bidirectional)
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_compiles(chunk_size: int | None, bidirectional: bool) -> None:
+    """What the contract test does not reach: full attention, and more than one chunk."""
+    layer = Mega(D, chunk_size=chunk_size, attention_fn="laplace", bidirectional=bidirectional)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     x, flags = torch.randn(2, 6, D), torch.arange(6) < torch.tensor([[6], [4]])
     torch._dynamo.reset()
