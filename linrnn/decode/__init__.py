@@ -1,5 +1,7 @@
-"""Recurrent decoding: states as values."""
+"""Recurrent decoding: states as values, softmax attention with a chosen memory."""
 
 from linrnn.decode import state
+from linrnn.decode.attention import AttentionDecoder, attention
+from linrnn.decode.live import LiveBytes
 
-__all__ = ["state"]
+__all__ = ["AttentionDecoder", "LiveBytes", "attention", "state"]

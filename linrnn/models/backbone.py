@@ -119,13 +119,20 @@ class Block(nn.Module):
         self, x: Tensor, state: State = None, *, reset: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Maps x (B, T, D) to y (B, T, D) and the mixer's final state."""
+        y, state = self.mixer(self.mixer_input(x), state, reset=reset, mask=mask)
+        return self.finish(x, y), state
+
+    def mixer_input(self, x: Tensor) -> Tensor:
+        """Maps the block's input to the mixer's."""
+        return self.mixer_norm(x) if self.prenorm else x
+
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """Maps the block's input x and the mixer's output y to the block's output: token by token from here on."""
+        x = x + self.dropout(y)
         if self.prenorm:
-            y, state = self.mixer(self.mixer_norm(x), state, reset=reset, mask=mask)
-            x = x + self.dropout(y)
-            return x + self.dropout(self.ffn(self.ffn_norm(x))), state
-        y, state = self.mixer(x, state, reset=reset, mask=mask)
-        x = self.mixer_norm(x + self.dropout(y))
-        return self.ffn_norm(x + self.dropout(self.ffn(x))), state
+            return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        x = self.mixer_norm(x)
+        return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
 class GatedFFN(nn.Module):

@@ -1,0 +1,196 @@
+"""What to keep between two tokens of a softmax attention model: five ways, one class each, all of them exact."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from linrnn.decode._stack import AttentionStack, blocks
+from linrnn.decode.state import leaves, nbytes
+from linrnn.layers.base import State
+
+
+class Memory:
+    """Reads tokens and gives what the head reads at the last of them, or at each.
+
+    `state_bytes` is what is held between two calls, or, in the middle of one, the most that is held whatever the
+    evaluation at hand needs for itself. `id_bytes` are the token ids, where those are read again.
+    """
+
+    def __init__(self, stack: AttentionStack, block_size: int):
+        self.stack, self.block_size, self.length = stack, block_size, 0
+
+    def extend(self, ids: Tensor, every: bool) -> Tensor:
+        """Maps n more ids (B, n) to the features of the last (B, 1, D), or of every one of them (B, n, D)."""
+        raise NotImplementedError
+
+    @property
+    def state_bytes(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def id_bytes(self) -> int:
+        return 0
+
+    def tiles(self, level: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yields the blocks of earlier tokens that queries at start ... stop - 1 see, each once."""
+        seen = 0
+        for low, high in self.stack.spans(level, start, stop):
+            # whole blocks: where two spans touch the same one, it is yielded once
+            low = max(seen, low // self.block_size * self.block_size)
+            for part in blocks(low, min(high, start), self.block_size):
+                yield part
+                seen = part[1]
+
+
+class KVCache(Memory):
+    """Keys and values of every layer: the model's own state."""
+
+    def __init__(self, stack: AttentionStack, block_size: int):
+        super().__init__(stack, block_size)
+        self.state: State = None
+
+    def extend(self, ids: Tensor, every: bool) -> Tensor:
+        stack = self.stack
+        features: list[Tensor] = []
+        for low, high in blocks(0, ids.shape[1], self.block_size):
+            h, self.state = stack.model.features(ids[:, low:high], self.state)
+            for level in range(stack.n_layers + 1):
+                stack.evaluations[level] += 1
+            features = [*features, h] if every else [h[:, -1:]]
+        self.length += ids.shape[1]
+        return torch.cat(features, 1)
+
+    @property
+    def state_bytes(self) -> int:
+        return nbytes(self.state)
+
+
+class InputCache(Memory):
+    """What the attention of every layer reads, in pages of block_size tokens: keys and values are made of it again."""
+
+    def __init__(self, stack: AttentionStack, block_size: int):
+        super().__init__(stack, block_size)
+        self.pages: list[list[Tensor]] = [[] for _ in range(stack.n_layers)]
+
+    def extend(self, ids: Tensor, every: bool) -> Tensor:
+        stack, end = self.stack, self.length + ids.shape[1]
+        features: list[Tensor] = []
+        for low, high in blocks(self.length, end, self.block_size):
+            x = stack.embed(ids[:, low - self.length : high - self.length])
+            for level in range(1, stack.n_layers + 1):
+                u = stack.mixed(level, x)
+                if level < stack.n_layers or every or high == end:
+                    frame = stack.open(level, x, low)
+                    for start, stop in self.tiles(level, low, high):
+                        page = self.pages[level - 1][start // self.block_size][:, : stop - start]
+                        stack.attend(level, frame, *stack.keys_values(level, page, start), start)
+                    x = stack.close(level, frame)
+                self.keep(level, u, low)
+            features = [*features, x] if every else [x[:, -1:]]
+        self.length = end
+        return stack.normed(torch.cat(features, 1))
+
+    def keep(self, level: int, u: Tensor, start: int) -> None:
+        pages = self.pages[level - 1]
+        if start % self.block_size == 0:
+            pages.append(u.new_zeros(u.shape[0], self.block_size, u.shape[2]))
+        pages[-1][:, start % self.block_size :][:, : u.shape[1]] = u
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in leaves(self.pages))
+
+
+class IdsOnly(Memory):
+    """Nothing but the token ids between two calls."""
+
+    def __init__(self, stack: AttentionStack, block_size: int):
+        super().__init__(stack, block_size)
+        self.ids: Tensor | None = None
+
+    def extend(self, ids: Tensor, every: bool) -> Tensor:
+        self.ids = ids if self.ids is None else torch.cat((self.ids, ids), 1)
+        start, self.length = self.length, self.ids.shape[1]
+        return self.stack.normed(self.features(self.ids, start if every else self.length - 1))
+
+    def features(self, ids: Tensor, start: int) -> Tensor:
+        """Returns the last layer's output at the tokens from `start` on."""
+        raise NotImplementedError
+
+    @property
+    def id_bytes(self) -> int:
+        return 0 if self.ids is None else self.ids.numel() * self.ids.element_size()
+
+
+class Layerwise(IdsOnly):
+    """The prefix recomputed layer by layer: inputs, keys and values of one layer at a time."""
+
+    held = 0
+
+    def features(self, ids: Tensor, start: int) -> Tensor:
+        stack, length = self.stack, ids.shape[1]
+        parts = list(blocks(0, length, self.block_size))
+        x = torch.cat([stack.embed(ids[:, low:high]) for low, high in parts], 1)  # (B, L, D)
+        for level in range(1, stack.n_layers + 1):
+            k, v = self.keys_values(level, x, parts)
+            self.held = nbytes((x, k, v))
+            for low, high in parts:
+                if level == stack.n_layers and high <= start:
+                    continue  # of the last layer only what is asked for
+                frame = stack.open(level, x[:, low:high], low)
+                for at, stop in self.tiles(level, low, high):
+                    stack.attend(level, frame, k[:, at:stop], v[:, at:stop], at)
+                x[:, low:high] = stack.close(level, frame)  # its keys are made: nothing reads the input again
+        return x[:, start:].clone()
+
+    def keys_values(self, level: int, x: Tensor, parts: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Projects a whole layer's input, block by block, into buffers."""
+        k = v = x
+        for low, high in parts:
+            k_part, v_part = self.stack.keys_values(level, self.stack.mixed(level, x[:, low:high]), low)
+            if low == 0:
+                k, v = (t.new_zeros(t.shape[0], x.shape[1], *t.shape[2:]) for t in (k_part, v_part))
+            k[:, low:high], v[:, low:high] = k_part, v_part
+        return k, v
+
+    @property
+    def state_bytes(self) -> int:
+        return self.held
+
+
+class BlockRecursion(IdsOnly):
+    """One frame a layer, of block_size tokens: what a frame needs of the layer below is evaluated when it is needed."""
+
+    def features(self, ids: Tensor, start: int) -> Tensor:
+        outputs = []
+        for low, high in blocks(start // self.block_size * self.block_size, ids.shape[1], self.block_size):
+            outputs.append(self.evaluate(self.stack.n_layers, ids, low, high)[:, max(start - low, 0) :])
+        return torch.cat(outputs, 1)
+
+    def evaluate(self, level: int, ids: Tensor, low: int, high: int) -> Tensor:
+        """Returns layer `level` at tokens low ... high - 1: a recursion as deep as there are layers below."""
+        stack = self.stack
+        if level == 0:
+            return stack.embed(ids[:, low:high])
+        frame = stack.open(level, self.evaluate(level - 1, ids, low, high), low)
+        for start, stop in self.tiles(level, low, high):
+            # no name for what comes from below: it must be gone when the next block is evaluated
+            u = stack.mixed(level, self.evaluate(level - 1, ids, start, stop))
+            k, v = stack.keys_values(level, u, start)
+            stack.attend(level, frame, k, v, start)
+            del u, k, v
+        return stack.close(level, frame)
+
+    @property
+    def state_bytes(self) -> int:
+        return self.stack.most_frame_bytes
+
+
+MEMORIES: dict[str, type[Memory]] = {
+    "kv": KVCache,
+    "inputs": InputCache,
+    "layerwise": Layerwise,
+    "block": BlockRecursion,
+    "constant": BlockRecursion,
+}
