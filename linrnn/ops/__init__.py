@@ -10,12 +10,14 @@ from linrnn.ops.fft_conv import fft_conv
 from linrnn.ops.linear_attention import NormalizedState, linear_attention
 from linrnn.ops.rwkv7 import rwkv7
 from linrnn.ops.selective_scan import selective_scan
+from linrnn.ops.softmax_scan import SoftmaxState, softmax_merge, softmax_scan
 from linrnn.ops.wkv import WKVState, wkv
 
 __all__ = [
     "BackendUnavailable",
     "FallbackWarning",
     "NormalizedState",
+    "SoftmaxState",
     "WKVState",
     "causal_conv1d",
     "delta_rule",
@@ -28,5 +30,7 @@ __all__ = [
     "reset_from_cu_seqlens",
     "rwkv7",
     "selective_scan",
+    "softmax_merge",
+    "softmax_scan",
     "wkv",
 ]
