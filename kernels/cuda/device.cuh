@@ -81,5 +81,7 @@ inline int64_t least(int64_t u, int64_t v) { return u < v ? u : v; }
 
 // A kernel: one struct of arguments, by value. Launchers and the tests find kernels by this macro. One block to a
 // multiprocessor is all that is promised: left to itself the compiler spills registers to fit more.
-#define LINRNN_KERNEL(name) \
-  extern "C" __global__ void __launch_bounds__(linrnn::kMaxThreads, 1) name(const __grid_constant__ linrnn::Args args)
+#define LINRNN_KERNEL(name) LINRNN_KERNEL_WITHIN(name, linrnn::kMaxThreads, 1)
+// And where so many blocks of so many threads are to fit a multiprocessor.
+#define LINRNN_KERNEL_WITHIN(name, threads, blocks) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ linrnn::Args args)

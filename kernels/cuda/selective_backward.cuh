@@ -19,9 +19,13 @@ struct Backward {
   const Args& args;
   const Place place;
   const int warp_lane, warp, warps;
-  Quad* saved;  // this thread's: the states before every kGroup-th token of a stage but its last group
-  S* sums;      // (warps, kGroup, 2, kPadded): gradients of B and C over the channels of each warp
-  Tile<S> rates, s, grad_A, grad_A_of_stage;
+  // This thread's tiles in shared memory: the states that enter the stages in the ring, the gradient of A, and the
+  // states before every kGroup-th token of a stage but its last group.
+  enum { ENTERING, GRAD_A = kSlots, SAVED };
+  Quad* tiles;
+  S* sums;  // (warps, kGroup, 2, kPadded): gradients of B and C over the channels of each warp
+  Tile<S> rates, s, grad_A;  // of the stage
+  int64_t kept;              // the checkpoint after the one that is fetched next
 
   explicit Backward(const Args& args)
       : args(args), place(args), warp_lane(int(threadIdx.x) % kWarp), warp(int(threadIdx.x) / kWarp),
@@ -29,17 +33,57 @@ struct Backward {
     place.load_rates(rates);
     if (args.chunks > 1) place.load(args.carry, place.chunk * args.B + place.b, s);
     else place.load(args.entry, place.b, s);
-    clear(grad_A);
+    kept = place.b * args.kept + (place.end - 1) / args.spacing + 1;
   }
 
   // Takes its part of shared memory.
   void attach(char*& shared) {
-    saved = reinterpret_cast<Quad*>(shared) + threadIdx.x;
-    shared += (args.stage - 1) / kGroup * V * kStates * int64_t(sizeof(S)) * blockDim.x;
+    tiles = reinterpret_cast<Quad*>(shared) + threadIdx.x;
+    const int count = SAVED + (int(args.stage) - 1) / kGroup;
+    shared += count * V * kStates * int(sizeof(S)) * blockDim.x;
     sums = reinterpret_cast<S*>(shared);
     shared += warps * kGroup * 2 * kPadded * sizeof(S);
+    clear(grad_A);
+    for (int tile = 0; tile < SAVED; ++tile) put(tile, grad_A);
   }
-  Quad& save_of(int group, int v, int j) { return saved[((group * V + v) * (kStates / 4) + j / 4) * int(blockDim.x)]; }
+  Quad& quad(int tile, int v, int j) { return tiles[((tile * V + v) * (kStates / 4) + j / 4) * int(blockDim.x)]; }
+  void put(int tile, const Tile<S>& from) {
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+#pragma unroll
+      for (int j = 0; j < kStates; j += 4) quad(tile, v, j) = {from[v][j], from[v][j + 1], from[v][j + 2], from[v][j + 3]};
+  }
+  void take(int tile, Tile<S>& to) {
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+#pragma unroll
+      for (int j = 0; j < kStates; j += 4) {
+        const Quad four = quad(tile, v, j);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) to[v][j + k] = four.data[k];
+      }
+  }
+
+  // Asks for the states that enter the stage before the last one asked for.
+  void fetch_states(int slot) {
+    --kept;
+    const bool whole = args.N % 4 == 0;
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+#pragma unroll
+      for (int j = 0; j < kStates; j += 4) {
+        const int state = place.lane * kStates + j, left = place.exists(v) ? int(args.N) - state : 0;
+        const S* from = static_cast<const S*>(args.checkpoints) +
+                        (kept * args.D + place.channel + place.slot * V + v) * args.N + state;
+        Quad* to = &quad(ENTERING + slot, v, j);
+        if (left >= 4 && whole) {
+#pragma unroll
+          for (int at = 0; at < int(sizeof(Quad)); at += 16) async_copy<16>(to, at, from + at / int(sizeof(S)));
+        } else {
+          for (int k = 0; k < 4 && k < left; ++k) async_copy<sizeof(S)>(to, k * int(sizeof(S)), from + k);
+        }
+      }
+  }
 
   // The gradients of token k of the group, which found the states `before` and left `after`; its gradients of x and dt
   // in `out`, and those of B and C in the sums of this warp.
@@ -65,7 +109,7 @@ struct Backward {
           grad_BC[kStates + j] += y.data[v] * after[v][j];
           grad_u[v] += g * B.data[j];
           grad_dt[v] += q * rates[v][j];
-          grad_A_of_stage[v][j] += q * dt.data[v];
+          grad_A[v][j] += q * dt.data[v];
           s[v][j] = later;
         }
       }
@@ -78,7 +122,8 @@ struct Backward {
       out[V + v] = x[v] * grad_u[v] + S(0.6931471805599453) * grad_dt[v];
     }
     constexpr int SETS = kWarp / kLanes;  // of V channels, in a warp
-    const int first = sum_over_lanes<2 * kStates, kLanes, kWarp>(grad_BC, warp_lane);
+    const int first = first_of_lane<2 * kStates, kLanes, kWarp>(warp_lane);
+    sum_over_lanes<2 * kStates, kLanes, kWarp>(grad_BC, warp_lane);
     S* to = sums + (warp * kGroup + k) * 2 * kPadded + place.lane * kStates;
     if (warp_lane / kLanes < 2 * kStates)
 #pragma unroll
@@ -105,61 +150,70 @@ struct Backward {
       const uint8_t flag = FLAGGED ? flag_of(stage, i, k, n) : uint8_t(0);
       token(stage, i + k, k, flag, decay[k], states[k], states[k + 1], out + k * 2 * V);
     }
-    const int first = sum_over_lanes<kGroup * 2 * V, 1, kLanes>(out, place.lane);
-#pragma unroll
-    for (int m = 0; m < at_least_one(kGroup * 2 * V / kLanes); ++m) {
-      const int k = (first + m) / (2 * V), v = (first + m) % V;
-      if (place.lane >= kGroup * 2 * V || k >= n || !place.exists(v)) continue;
-      if ((first + m) / V % 2) place.out<S>(args.grad_dt, t + k)[v] = out[m];
-      else place.out<X>(args.grad_x, t + k)[v] = narrow<X>(out[m]);
-    }
+    sum_over_lanes<kGroup * 2 * V, 1, kLanes>(out, place.lane);
+    write(t, n, out);
     __syncthreads();
     add_up_warps(t, n);
+  }
+
+  // This lane's sums of a group: gradients of x and dt of its channels, token by token.
+  void write(int64_t t, int n, const S* out) const {
+    constexpr int LEFT = at_least_one(kGroup * 2 * V / kLanes);
+    const int first = first_of_lane<kGroup * 2 * V, 1, kLanes>(place.lane);
+    if constexpr (LEFT >= V) {
+#pragma unroll
+      for (int m = 0; m < LEFT / V; ++m) {
+        const int k = (first / V + m) / 2, of_dt = (first / V + m) % 2;
+        if (k >= n) continue;
+        if (of_dt) place.put(place.out<S>(args.grad_dt, t + k), out + m * V);
+        else place.put(place.out<X>(args.grad_x, t + k), out + m * V);
+      }
+    } else {
+      const int k = first / (2 * V), v = first % V;
+      if (place.lane >= kGroup * 2 * V || k >= n || !place.exists(v)) return;
+      if (first / V % 2) place.out<S>(args.grad_dt, t + k)[v] = out[0];
+      else place.out<X>(args.grad_x, t + k)[v] = narrow<X>(out[0]);
+    }
   }
 
   uint8_t flag_of(const Stage& stage, int i, int k, int n) const { return k < n ? place.flag(stage, i + k) : uint8_t(HOLD); }
 
   void add_up_warps(int64_t t, int n) {
     constexpr int ROW = kGroup * 2 * kPadded;
+    const int64_t token = args.G * args.N, plane = args.B * args.T * token;
+    S* const to = static_cast<S*>(args.sums) + place.part * 2 * plane + (place.b * args.T + t) * token + place.group * args.N;
     for (int at = int(threadIdx.x); at < n * 2 * kPadded; at += int(blockDim.x)) {
       const int k = at / (2 * kPadded), of_C = at / kPadded % 2, state = at % kPadded;
       if (state >= args.N) continue;
       S sum{};
       for (int w = 0; w < warps; ++w) sum += sums[w * ROW + at];
-      const int64_t row = (((place.part * 2 + of_C) * args.B + place.b) * args.T + t + k) * args.G + place.group;
-      static_cast<S*>(args.sums)[row * args.N + state] = sum;
+      to[of_C * plane + k * token + state] = sum;
     }
   }
 
-  // Back over the n tokens of a stage, from t on, which was entered in state h.
-  void stage(const Stage& stage, int64_t t, int n, Tile<S>& h) {
-    clear(grad_A_of_stage);
+  // Back over the n tokens of a stage, from t on, which lies in slot `slot` of the ring.
+  void stage(const Stage& stage, int slot, int64_t t, int n) {
+    Tile<S> h;
+    take(ENTERING + slot, h);
     const int last = (n - 1) / kGroup;
     for (int at = 0; at < last; ++at) {
-#pragma unroll
-      for (int v = 0; v < V; ++v)
-#pragma unroll
-        for (int j = 0; j < kStates; j += 4) save_of(at, v, j) = {h[v][j], h[v][j + 1], h[v][j + 2], h[v][j + 3]};
+      put(SAVED + at, h);
       advance_group(place, stage, at * kGroup, kGroup, rates, h, [](int) {});
     }
+    clear(grad_A);
     for (int at = last; at >= 0; --at) {
       const int i = at * kGroup, taken = int(least(kGroup, n - i));
       if (place.flagged(stage, i, taken)) group<true>(stage, t + i, i, taken, h);
       else group<false>(stage, t + i, i, taken, h);
-      if (at == 0) break;
-#pragma unroll
-      for (int v = 0; v < V; ++v)
-#pragma unroll
-        for (int j = 0; j < kStates; j += 4) {
-          const Quad quad = save_of(at - 1, v, j);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) h[v][j + k] = quad.data[k];
-        }
+      if (at) take(SAVED + at - 1, h);
     }
+    Tile<S> total;  // in two steps, for the rounding error
+    take(GRAD_A, total);
 #pragma unroll
     for (int v = 0; v < V; ++v)
 #pragma unroll
-      for (int j = 0; j < kStates; ++j) grad_A[v][j] += grad_A_of_stage[v][j];
+      for (int j = 0; j < kStates; ++j) total[v][j] += grad_A[v][j];
+    put(GRAD_A, total);
   }
 };
 
@@ -168,15 +222,10 @@ inline void scan_backward(const Args& args) {
   const Place& place = pass.place;
   char* shared = static_cast<char*>(dynamic_shared());
   pass.attach(shared);
-  const int64_t kept = place.b * args.kept;
-  Tile<S> upcoming;  // asked for a stage ahead
-  place.load(args.checkpoints, kept + (place.end - 1) / args.spacing, upcoming);
-  walk<2, Reads<true, true, true, true>>(place, shared, true, [&](const Stage& stage, int64_t t, int n) {
-    Tile<S> h;
-    copy(upcoming, h);
-    if (t > place.begin) place.load(args.checkpoints, kept + t / args.spacing - 1, upcoming);
-    pass.stage(stage, t, n, h);
-  });
+  walk<Reads<true, true, true, true>>(
+      place, shared, true, [&](int slot) { pass.fetch_states(slot); },
+      [&](const Stage& stage, int slot, int64_t t, int n) { pass.stage(stage, slot, t, n); });
+  pass.take(Backward::GRAD_A, pass.grad_A);
   place.store(args.grad_A, place.chunk * args.B + place.b, pass.grad_A);
   if (args.chunks == 1) place.store(args.exit, place.b, pass.s);
 }
@@ -197,7 +246,7 @@ inline void reduce_backward(const Args& args) {
       for (int j = 0; j < kStates; ++j)
         s[v][j] = power_of_two(dt.data[v] * rates[v][j]) * (s[v][j] + y.data[v] * C.data[j]);
   };
-  const auto work = [&](const Stage& stage, int64_t, int n) {
+  const auto work = [&](const Stage& stage, int, int64_t, int n) {
     int i = n;
     if (!args.flags)
       for (; i >= kGroup; i -= kGroup)
@@ -211,7 +260,7 @@ inline void reduce_backward(const Args& args) {
     reduction.end_of_stage();
   };
   char* shared = static_cast<char*>(dynamic_shared());
-  walk<3, Reads<false, true, false, true>>(place, shared, true, work);
+  walk<Reads<false, true, false, true>>(place, shared, true, [](int) {}, work);
   reduction.finish(rates, s);
 }
 

@@ -71,7 +71,10 @@ inline void scan_forward(const Args& args) {
   int64_t kept = (place.begin + args.spacing - 1) / args.spacing;
   int64_t due = args.checkpoints ? kept * args.spacing - place.begin : args.T;  // tokens until the next checkpoint
 
-  const auto work = [&](const Stage& stage, int64_t t, int n) {
+  const int first = first_of_lane<kGroup * V, 1, kLanes>(place.lane);  // of the sums of a group that this thread writes
+  S* y_row = place.out<S>(args.y, place.begin + first / V);
+
+  const auto work = [&](const Stage& stage, int, int64_t, int n) {
     for (int i = 0; i < n;) {
       if (due == 0) {
         place.store(args.checkpoints, place.b * args.kept + kept++, h);
@@ -88,17 +91,21 @@ inline void scan_forward(const Args& args) {
 #pragma unroll
           for (int j = 0; j < kStates; ++j) y[k * V + v] += h[v][j] * C.data[j];
       });
-      const int first = sum_over_lanes<kGroup * V, 1, kLanes>(y, place.lane);
+      sum_over_lanes<kGroup * V, 1, kLanes>(y, place.lane);
+      constexpr int LEFT = at_least_one(kGroup * V / kLanes);
+      if constexpr (LEFT >= V) {
 #pragma unroll
-      for (int m = 0; m < at_least_one(kGroup * V / kLanes); ++m) {
-        const int k = (first + m) / V, v = (first + m) % V;
-        if (place.lane < kGroup * V && k < taken && place.exists(v)) place.out<S>(args.y, t + i + k)[v] = y[m];
+        for (int k = 0; k < LEFT / V; ++k)
+          if (first / V + k < taken) place.put(y_row + k * args.y.stride_t, y + k * V);
+      } else if (place.lane < kGroup * V && first / V < taken && place.exists(first % V)) {
+        y_row[first % V] = y[0];
       }
+      y_row += taken * args.y.stride_t;
       i += taken, due -= taken;
     }
   };
   char* shared = static_cast<char*>(dynamic_shared());
-  walk<3, Reads<true, false, true, true>>(place, shared, false, work);
+  walk<Reads<true, false, true, true>>(place, shared, false, [](int) {}, work);
   if (args.chunks == 1) place.store(args.exit, place.b, h);
 }
 
@@ -133,7 +140,7 @@ inline void reduce_forward(const Args& args) {
   place.load_rates(rates);
   clear(h);
   Reduction reduction(place);
-  const auto work = [&](const Stage& stage, int64_t, int n) {
+  const auto work = [&](const Stage& stage, int, int64_t, int n) {
     for (int i = 0; i < n; i += kGroup) {
       if (args.flags)
         for (int k = 0; k < kGroup && i + k < n; ++k) reduction.cut |= stage.flags[i + k] & RESET;
@@ -143,7 +150,7 @@ inline void reduce_forward(const Args& args) {
     reduction.end_of_stage();
   };
   char* shared = static_cast<char*>(dynamic_shared());
-  walk<3, Reads<true, false, true, false>>(place, shared, false, work);
+  walk<Reads<true, false, true, false>>(place, shared, false, [](int) {}, work);
   reduction.finish(rates, h);
 }
 

@@ -1,7 +1,6 @@
 """How a selective scan is laid out on a GPU: threads of a block, tokens of a stage, and chunks of time.
 
-The rule, in words (a warp has 64 / lanes channels, a block 128 threads, 256 for backward passes over many states, where
-the sums over channels that the blocks leave behind would else be large):
+The rule, in words (a warp has 64 / lanes channels, or 32 / lanes in double precision; a block at most 128 threads):
 
 - The work is bound by arithmetic, so what counts is that each scheduler of each multiprocessor has a warp, better two.
 - Where the blocks do not come to two for each multiprocessor they are made smaller, down to a warp, to spread.
@@ -16,11 +15,11 @@ from dataclasses import dataclass
 
 from linrnn.kernels.cuda.driver import DeviceProperties
 
-GROUP = 4  # kGroup of selective_scan.cuh
+GROUP, SLOTS = 4, 2  # kGroup and kSlots of selective_scan.cuh
 SCHEDULERS = 4  # of a multiprocessor
-FORWARD_STAGE = 16
+FORWARD_STAGE = 32
 MIN_CHUNK = 64  # tokens
-WARP = 32
+WARP, MAX_THREADS = 32, 128  # kWarp and kThreads
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,10 @@ def shared_bytes(problem: Problem, threads: int, stage: int, backward: bool, red
     of_y = row * number if backward else 0
     slot = sum(_up(n) for n in (row * number, of_x, of_y, coefficients, 0 if reduces else coefficients, stage))
     if reduces or not backward:
-        return 3 * slot
-    saves = (stage - 1) // GROUP * tile.V * tile.states * threads
+        return SLOTS * slot
+    tiles = (SLOTS + 1 + (stage - 1) // GROUP) * tile.V * tile.states * threads
     sums = threads // WARP * GROUP * 2 * tile.padded
-    return 2 * slot + (saves + sums) * number
+    return SLOTS * slot + (tiles + sums) * number
 
 
 def choose_plan(problem: Problem, backward: bool, spacing: int, device: DeviceProperties) -> Plan:
@@ -102,12 +101,12 @@ def choose_plan(problem: Problem, backward: bool, spacing: int, device: DevicePr
     computes checkpoints that are as close.
     """
     processors = device.multiprocessors
-    threads = 256 if backward and problem.tile.lanes >= 16 else 128
+    threads = MAX_THREADS
     while threads > WARP and problem.blocks(threads) < 2 * processors:
         threads //= 2
     stage = spacing if backward else FORWARD_STAGE
     while shared_bytes(problem, threads, stage, backward) > device.shared_bytes_per_block:
-        if threads > WARP and (threads > 128 or stage <= GROUP):
+        if threads > (2 * WARP if stage > GROUP else WARP):
             threads //= 2
         elif stage > 1:
             stage = -(-stage // 2)

@@ -42,11 +42,13 @@ inline void carry(const Args& args) {
 
 }  // namespace linrnn
 
+#define SELECTIVE_KERNEL(name) LINRNN_KERNEL_WITHIN(name, linrnn::kThreads, linrnn::kBlocks)
+
 #if LINRNN_BACKWARD
-LINRNN_KERNEL(selective_scan) { linrnn::scan_backward(args); }
-LINRNN_KERNEL(selective_reduce) { linrnn::reduce_backward(args); }
+SELECTIVE_KERNEL(selective_scan) { linrnn::scan_backward(args); }
+SELECTIVE_KERNEL(selective_reduce) { linrnn::reduce_backward(args); }
 #else
-LINRNN_KERNEL(selective_scan) { linrnn::scan_forward(args); }
-LINRNN_KERNEL(selective_reduce) { linrnn::reduce_forward(args); }
+SELECTIVE_KERNEL(selective_scan) { linrnn::scan_forward(args); }
+SELECTIVE_KERNEL(selective_reduce) { linrnn::reduce_forward(args); }
 #endif
-LINRNN_KERNEL(selective_carry) { linrnn::carry(args); }
+SELECTIVE_KERNEL(selective_carry) { linrnn::carry(args); }

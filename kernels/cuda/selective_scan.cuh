@@ -15,6 +15,9 @@ constexpr int V = LINRNN_V, kLanes = LINRNN_LANES, kStates = LINRNN_STATES;
 constexpr int kPadded = kLanes * kStates;
 constexpr int kGroup = 4;  // tokens that are in registers together
 constexpr int kWarp = 32;
+constexpr int kSlots = 2;  // of the ring
+// The most threads of a block, and how many such blocks the registers of a multiprocessor are to hold, without spills.
+constexpr int kThreads = 128, kBlocks = sizeof(S) == 8 ? 2 : LINRNN_BACKWARD ? 3 : 4;
 
 // Flags of a token: RESET zeroes the state before it; HOLD is a padded token, which the state passes unchanged.
 enum : uint8_t { RESET = 1, HOLD = 2 };
@@ -34,7 +37,8 @@ struct Args {
   int64_t stage;                      // tokens of a slot of the ring; in the backward `spacing`
   int64_t chunk, chunks;              // tokens of a chunk; their number
   void *decay, *carry;                // (chunks, B, D, N), where there are several chunks
-  int64_t x_unit, dt_unit, y_unit, B_unit;  // bytes in which their rows may be copied
+  int64_t x_copy, dt_copy, y_copy, B_copy;  // bytes in which their rows may be copied, 256 times threads along a row in bits
+  int64_t aligned;                          // whether V channels of y, or of gradients, may be written as one
 };
 
 template <class M>
@@ -43,15 +47,19 @@ using Tile = M[V][kStates];
 // ---- sums across lanes ----
 
 // Adds up M values over the lanes whose numbers differ in the bits from MASK up to END. Halves change hands, so that in
-// the end a lane has the sums of max(1, M / lanes) values in front: from the one that is returned on. Where there are
+// the end a lane has the sums of max(1, M / lanes) values in front: from `first_of_lane` on. Where there are
 // more lanes than values, all that differ in the higher bits have the same.
 template <int M, int MASK, int END>
-inline int sum_over_lanes(S* values, int lane, int first = 0) {
+inline int first_of_lane(int lane) {
+  if constexpr (MASK >= END || M == 1) return 0;
+  else return (lane & MASK ? M / 2 : 0) + first_of_lane<M / 2, 2 * MASK, END>(lane);
+}
+template <int M, int MASK, int END>
+inline void sum_over_lanes(S* values, int lane) {
   if constexpr (MASK >= END) {
-    return first;
   } else if constexpr (M == 1) {
     values[0] += shuffle_xor(values[0], MASK);
-    return sum_over_lanes<1, 2 * MASK, END>(values, lane, first);
+    sum_over_lanes<1, 2 * MASK, END>(values, lane);
   } else {
     const bool upper = lane & MASK;
 #pragma unroll
@@ -59,7 +67,7 @@ inline int sum_over_lanes(S* values, int lane, int first = 0) {
       const S other = shuffle_xor(upper ? values[i] : values[i + M / 2], MASK);
       values[i] = (upper ? values[i + M / 2] : values[i]) + other;
     }
-    return sum_over_lanes<M / 2, 2 * MASK, END>(values, lane, first + (upper ? M / 2 : 0));
+    sum_over_lanes<M / 2, 2 * MASK, END>(values, lane);
   }
 }
 
@@ -86,21 +94,26 @@ inline void copy_unit(void* to, int at, const char* from) {
   else *reinterpret_cast<uint16_t*>(static_cast<char*>(to) + at) = *reinterpret_cast<const uint16_t*>(from);
 }
 
-// The threads of the block copy n rows of row_bytes, `stride` bytes apart, to rows that are `pitch` apart.
+// The threads of the block copy n rows of row_bytes, `stride` bytes apart, to rows that are `pitch` apart: 2^shift of
+// them abreast along a row.
 template <int UNIT>
-inline void copy_rows(void* to, int pitch, const char* from, int64_t stride, int n, int row_bytes) {
-  const int units = row_bytes / UNIT;
-  for (int i = int(threadIdx.x); i < n * units; i += int(blockDim.x)) {
-    const int row = i / units, at = (i - row * units) * UNIT;
-    copy_unit<UNIT>(to, row * pitch + at, from + row * stride + at);
-  }
+inline void copy_rows(char* to, int pitch, const char* from, int64_t stride, int n, int row_bytes, int shift) {
+  const int columns = 1 << shift, step = int(blockDim.x) >> shift, first = (int(threadIdx.x) & (columns - 1)) * UNIT;
+  int row = int(threadIdx.x) >> shift;
+  to += row * pitch, from += row * stride;
+#pragma unroll 1
+  for (; row < n; row += step, to += step * pitch, from += step * stride)
+#pragma unroll 1
+    for (int at = first; at < row_bytes; at += columns * UNIT) copy_unit<UNIT>(to, at, from + at);
 }
-inline void copy_rows(void* to, int pitch, const void* from, int64_t stride, int n, int row_bytes, int unit) {
-  const char* first = static_cast<const char*>(from);
-  if (unit == 16) copy_rows<16>(to, pitch, first, stride, n, row_bytes);
-  else if (unit == 8) copy_rows<8>(to, pitch, first, stride, n, row_bytes);
-  else if (unit == 4) copy_rows<4>(to, pitch, first, stride, n, row_bytes);
-  else if (sizeof(X) < 4) copy_rows<2>(to, pitch, first, stride, n, row_bytes);
+inline void copy_rows(void* to, int pitch, const void* from, int64_t stride, int n, int row_bytes, int64_t copy) {
+  const char* source = static_cast<const char*>(from);
+  char* target = static_cast<char*>(to);
+  const int unit = int(copy) & 255, shift = int(copy) >> 8;
+  if (unit == 16) copy_rows<16>(target, pitch, source, stride, n, row_bytes, shift);
+  else if (unit == 8) copy_rows<8>(target, pitch, source, stride, n, row_bytes, shift);
+  else if (unit == 4) copy_rows<4>(target, pitch, source, stride, n, row_bytes, shift);
+  else if (sizeof(X) < 4) copy_rows<2>(target, pitch, source, stride, n, row_bytes, shift);
 }
 
 // ---- what a thread has ----
@@ -115,11 +128,12 @@ struct Place {
   explicit Place(const Args& args)
       : args(args), lane(int(threadIdx.x) % kLanes), slot(int(threadIdx.x) / kLanes),
         channels(int(blockDim.x) / kLanes * V) {
-    const int64_t of_group = args.D / args.G, parts = (of_group + channels - 1) / channels;
-    int64_t block = blockIdx.x;
+    const int of_group = int(args.D) / int(args.G);
+    const unsigned parts = unsigned(of_group + channels - 1) / channels, B = unsigned(args.B), G = unsigned(args.G);
+    unsigned block = blockIdx.x;
     part = block % parts, block /= parts;
-    group = block % args.G, block /= args.G;
-    b = block % args.B, chunk = block / args.B;
+    group = block % G, block /= G;
+    b = block % B, chunk = block / B;
     channel = group * of_group + part * channels;
     width = int(least(channels, of_group - part * channels));
     begin = chunk * args.chunk, end = least(args.T, begin + args.chunk);
@@ -157,9 +171,18 @@ struct Place {
   const E* row(const LinrnnView& view, int64_t t) const {
     return static_cast<const E*>(view.data) + b * view.stride_b + t * view.stride_t + channel;
   }
-  // Where this thread writes of token t.
+  // Where this thread writes of token t, and what it writes of one: `at` is what `out` gave, moved on.
   template <class E>
   E* out(const LinrnnView& view, int64_t t) const { return const_cast<E*>(row<E>(view, t)) + slot * V; }
+  template <class E>
+  void put(E* at, const S* values) const {
+    Vec<E, V> together;
+    for (int v = 0; v < V; ++v) together.data[v] = narrow<E>(values[v]);
+    if (args.aligned && exists(V - 1)) *reinterpret_cast<Vec<E, V>*>(at) = together;
+    else
+      for (int v = 0; v < V; ++v)
+        if (exists(v)) at[v] = together.data[v];
+  }
 
   uint8_t flag(const Stage& stage, int i) const { return args.flags ? stage.flags[i] : uint8_t(0); }
   // Whether there is anything to heed in the kGroup tokens from i on, of which n exist.
@@ -204,30 +227,31 @@ template <class R>
 inline void fetch_tokens(const Place& place, const Stage& slot, int64_t t, int n) {
   const Args& args = place.args;
   const int bytes = place.width * int(sizeof(S)), pitch = place.channels * int(sizeof(S));
-  copy_rows(slot.dt, pitch, place.row<S>(args.dt, t), args.dt.stride_t * int64_t(sizeof(S)), n, bytes, int(args.dt_unit));
+  copy_rows(slot.dt, pitch, place.row<S>(args.dt, t), args.dt.stride_t * int64_t(sizeof(S)), n, bytes, args.dt_copy);
   if (R::x)
     copy_rows(slot.x, place.channels * int(sizeof(X)), place.row<X>(args.x, t), args.x.stride_t * int64_t(sizeof(X)), n,
-              place.width * int(sizeof(X)), int(args.x_unit));
+              place.width * int(sizeof(X)), args.x_copy);
   if (R::y)
-    copy_rows(slot.y, pitch, place.row<S>(args.y, t), args.y.stride_t * int64_t(sizeof(S)), n, bytes, int(args.y_unit));
-  const int row_bytes = int(args.N) * int(sizeof(S)), padded = kPadded * int(sizeof(S)), unit = int(args.B_unit);
+    copy_rows(slot.y, pitch, place.row<S>(args.y, t), args.y.stride_t * int64_t(sizeof(S)), n, bytes, args.y_copy);
+  const int row_bytes = int(args.N) * int(sizeof(S)), padded = kPadded * int(sizeof(S));
   const int64_t stride = args.G * row_bytes, at = ((place.b * args.T + t) * args.G + place.group) * args.N;
-  if (R::B) copy_rows(slot.B, padded, static_cast<const S*>(args.Bs) + at, stride, n, row_bytes, unit);
-  if (R::C) copy_rows(slot.C, padded, static_cast<const S*>(args.Cs) + at, stride, n, row_bytes, unit);
+  if (R::B) copy_rows(slot.B, padded, static_cast<const S*>(args.Bs) + at, stride, n, row_bytes, args.B_copy);
+  if (R::C) copy_rows(slot.C, padded, static_cast<const S*>(args.Cs) + at, stride, n, row_bytes, args.B_copy);
   if (args.flags)
     for (int k = int(threadIdx.x); k < n; k += int(blockDim.x)) slot.flags[k] = args.flags[place.b * args.T + t + k];
 }
 
-// Runs work(slot, t, n) over the tokens of a block, n of them from t on, args.stage at a time, through a ring of SLOTS;
-// in reverse from the last stage to the first. One barrier a stage: who passes it knows that the copies of all threads
-// have arrived, and that all have done with the slot that is filled next. Moves `shared` behind the ring.
-template <int SLOTS, class R, class Work>
-inline void walk(const Place& place, char*& shared, bool reverse, Work&& work) {
+// Runs work(stage, slot, t, n) over the tokens of a block, n of them from t on, args.stage at a time, through a ring of
+// kSlots; in reverse from the last stage to the first. also(slot) asks for more with the tokens of a stage. One barrier a
+// stage: who passes it knows that the copies of all threads have arrived, and that all have done with the slot that is
+// filled next. Moves `shared` behind the ring.
+template <class R, class Also, class Work>
+inline void walk(const Place& place, char*& shared, bool reverse, Also&& also, Work&& work) {
   const int tokens = int(place.args.stage);
   char *const start = shared, *next;
   slot_at<R>(start, tokens, place.channels, &next);
   const int bytes = int(next - start);
-  shared += SLOTS * bytes;
+  shared += kSlots * bytes;
   if (place.width < place.channels || place.args.N < kPadded) {  // what is never copied counts as zero
     for (char* at = start + 16 * threadIdx.x; at < shared; at += 16 * blockDim.x) *reinterpret_cast<Vec<int, 4>*>(at) = {};
     __syncthreads();
@@ -239,19 +263,19 @@ inline void walk(const Place& place, char*& shared, bool reverse, Work&& work) {
   int64_t ahead = 0;
   int free = 0;
   const auto fetch = [&] {
-    if (ahead < stages) fetch_tokens<R>(place, slot(free), first(ahead), count(first(ahead)));
+    if (ahead < stages) fetch_tokens<R>(place, slot(free), first(ahead), count(first(ahead))), also(free);
     async_commit();  // an empty group too: the wait below counts groups
     ++ahead;
-    free = free + 1 == SLOTS ? 0 : free + 1;
+    free = free + 1 == kSlots ? 0 : free + 1;
   };
-  for (int i = 0; i < SLOTS - 1; ++i) fetch();
+  for (int i = 0; i < kSlots - 1; ++i) fetch();
   int full = 0;
   for (int64_t i = 0; i < stages; ++i) {
-    async_wait<SLOTS - 2>();
+    async_wait<kSlots - 2>();
     __syncthreads();
     fetch();
-    work(slot(full), first(i), count(first(i)));
-    full = full + 1 == SLOTS ? 0 : full + 1;
+    work(slot(full), full, first(i), count(first(i)));
+    full = full + 1 == kSlots ? 0 : full + 1;
   }
 }
 

@@ -11,15 +11,22 @@ from torch import Tensor
 from linrnn.kernels import KernelUnavailable, cuda
 from linrnn.kernels.cuda.diagonal_scan import NAMES
 from linrnn.kernels.cuda.driver import Kernel
-from linrnn.kernels.cuda.selective_plan import Plan, Problem, Tile, choose_plan, choose_tile, most_states, shared_bytes
+from linrnn.kernels.cuda.selective_plan import (
+    MAX_THREADS,
+    Plan,
+    Problem,
+    Tile,
+    choose_plan,
+    choose_tile,
+    most_states,
+    shared_bytes,
+)
 from linrnn.kernels.tensors import ABSENT, View, address, contiguous, resolved, rows, view
 
-SPACING = 16  # tokens from one kept state to the next; the states between have to fit into shared memory
-CARRY_THREADS = 128
 MOST_SUMS = 512 << 20  # bytes of sums over tiles of channels that a backward call may hold at once
 
 # Args of selective_scan.cuh: words of 8 bytes.
-_PACK = struct.Struct("40q").pack
+_PACK = struct.Struct("41q").pack
 
 
 @functools.cache
@@ -177,10 +184,10 @@ def _layout(
         (program.kernel("selective_scan"), grid, plan.threads, shared()),
     )
     if chunks > 1:
-        carriers = -(-batch * D * N // CARRY_THREADS)
+        carriers = -(-batch * D * N // MAX_THREADS)
         launches = (
             (program.kernel("selective_reduce"), grid, plan.threads, shared(reduces=True)),
-            (program.kernel("selective_carry"), carriers, CARRY_THREADS, 0),
+            (program.kernel("selective_carry"), carriers, MAX_THREADS, 0),
             *launches,
         )
     parts = problem.blocks(plan.threads) // (batch * G)
@@ -221,8 +228,9 @@ def _launch(
         *(address(grad_A), address(sums)),
         *(plan.stage, plan.chunk or T, chunks),
         *(address(decay), address(carry)),
-        *(_unit(v, channels, problem.of_group) for v in (x, dt, y)),
-        min(_common(layout.N * B.itemsize, B.data_ptr(), C.data_ptr()), 16),
+        *(_copy(_unit(v, channels, problem.of_group), channels * v.itemsize, plan.threads) for v in (x, dt, y)),
+        _copy(_common(layout.N * B.itemsize, B.data_ptr(), C.data_ptr()), layout.N * B.itemsize, plan.threads),
+        problem.of_group % problem.tile.V == 0,
     )
     stream = cuda.current_stream(layout.device)
     for kernel, blocks, threads, shared in layout.launches:
@@ -237,6 +245,12 @@ def _unit(v: Tensor, channels: int, of_group: int) -> int:
     """The bytes, up to 16, in which the rows of the tiles of v (B, T, D) can be copied."""
     strides = (v.stride(0), v.stride(1), channels, of_group)
     return _common(v.data_ptr(), *(n * v.itemsize for n in strides))
+
+
+def _copy(unit: int, row_bytes: int, threads: int) -> int:
+    """A word of Args: the unit, and in bits how many threads go along a row."""
+    along = min(row_bytes // unit, threads)
+    return unit | (along - 1).bit_length() << 8
 
 
 def _common(*numbers: int) -> int:

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from linrnn.ops import _inputs
-from linrnn.ops._backend import attempt, choose, transformed, unwatched
+from linrnn.ops._backend import BackendUnavailable, attempt, choose, transformed, unwatched
 from linrnn.ops._chunked_scan import split_flags
 from linrnn.ops._scan_autograd import scan_backward, scan_forward
 from linrnn.ops.diagonal_scan import diagonal_scan
 
-KERNELS = ("cpu",)
-SPACING = 64  # tokens from one kept state to the next: N / 64 numbers are kept for each number of x
+KERNELS = ("cpu", "cuda")
+# Tokens from one kept state to the next: N / SPACING numbers are kept for each number of x. The CUDA kernels hold the
+# states between in shared memory and registers.
+SPACING = {"cpu": 64, "cuda": 16}
 PIECE = 1 << 22  # numbers of a tensor (B, T, D, N) that the torch form may make at once
 
 
@@ -33,21 +35,38 @@ def _launcher(backend: str) -> ModuleType:
     return import_module(f"linrnn.kernels.{backend}.selective_scan")
 
 
+def _choose(backend: str, x: Tensor, A: Tensor) -> str:
+    """`choose`, where the CUDA kernels do not take every A."""
+    if backend in ("auto", "cuda") and x.device.type == "cuda":
+        reason = _launcher("cuda").unsupported(A)
+        if reason is not None:
+            if backend == "auto":
+                return "torch"
+            raise BackendUnavailable(f"backend='cuda' cannot run here: {reason}; use backend='auto'")
+    return choose(backend, x, KERNELS)
+
+
+def _spacing(backend: str, x: Tensor, A: Tensor) -> int:
+    cuda = backend in ("auto", "cuda") and x.device.type == "cuda" and not A.is_complex()
+    return SPACING["cuda" if cuda else "cpu"]
+
+
 def scan(x, dt, A, B, C, initial_state, flags, backend: str) -> tuple[Tensor, Tensor]:
     """y (B, T, D) in A's real dtype and the final state, by the fastest door that is right here."""
     inputs = (x, dt, A, B, C, initial_state)
     present = tuple(v for v in inputs if v is not None)
     keep = torch.is_grad_enabled() and any(v.requires_grad for v in present)
+    spacing = _spacing(backend, x, A)
     if torch.compiler.is_compiling():
-        return scan_op(*inputs, flags, SPACING, keep, backend)[:2]
-    choose(backend, x, KERNELS)
+        return scan_op(*inputs, flags, spacing, keep, backend)[:2]
+    _choose(backend, x, A)
     if transformed():
         return expanded(*inputs, flags)
     if not unwatched(present):
-        return scan_op(*inputs, flags, SPACING, keep, backend)[:2]
+        return scan_op(*inputs, flags, spacing, keep, backend)[:2]
     if keep:
-        return SelectiveScan.apply(*inputs, flags, SPACING, True, backend)[:2]
-    return _forward(*inputs, flags, SPACING, False, backend)[:2]
+        return SelectiveScan.apply(*inputs, flags, spacing, True, backend)[:2]
+    return _forward(*inputs, flags, spacing, False, backend)[:2]
 
 
 def expanded(x, dt, A, B, C, initial_state, flags) -> tuple[Tensor, Tensor]:
@@ -119,7 +138,7 @@ def _pieces(x: Tensor, N: int, spacing: int) -> Iterator[slice]:
 
 def _forward(x, dt, A, B, C, initial_state, flags, spacing, keep, backend) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states before every `spacing`-th token (of no elements unless `keep`)."""
-    chosen = choose(backend, x, KERNELS)
+    chosen = _choose(backend, x, A)
     if chosen in KERNELS and x.numel():
         args = (x, dt, A, B, C, initial_state, flags, spacing, keep)
         outputs = attempt(backend, _launcher(chosen).forward, *args)
@@ -144,7 +163,7 @@ def _cut(piece: slice, *sequences: Tensor | None) -> list[Any]:
 
 def _gradients(x, dt, A, B, C, flags, checkpoints, grad_y, grad_last, spacing, backend) -> tuple[Tensor, ...]:
     """Gradients of x, dt, A, B, C and the initial state."""
-    chosen = choose(backend, x, KERNELS)
+    chosen = _choose(backend, x, A)
     if chosen in KERNELS and x.numel():
         args = (x, dt, A, B, C, flags, checkpoints, grad_y, grad_last, spacing)
         grads = attempt(backend, _launcher(chosen).backward, *args)
