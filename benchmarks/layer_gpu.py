@@ -33,7 +33,7 @@ def contestants(d_model: int, compiled: bool) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {
         "LRU": layers.build("lru", d_model),
         "attention": layers.build("attention", d_model),
-        "attention, no positions": layers.build("attention", d_model, rope_base=None),
+        "attention, no positions": layers.build("attention", d_model, positions="nope"),
     }
     sizes = {name: sum(p.numel() for p in layer.parameters()) for name, layer in found.items()}
     if max(sizes.values()) > 1.01 * min(sizes.values()):

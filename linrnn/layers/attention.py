@@ -1,48 +1,55 @@
-"""Multi-head softmax attention with rotary positions (Vaswani et al. 2017, arXiv:1706.03762; RoPE: arXiv:2104.09864).
+"""Multi-head softmax attention (Vaswani et al. 2017, arXiv:1706.03762), with grouped queries (arXiv:2305.13245).
 
-    o_t = sum_j softmax_j(q_t · k_j / sqrt(K)) v_j        q_t = R_t W_q x_t,  k_j = R_j W_k x_j,  v_j = W_v x_j
-    y_t = W_o o_t                                         j <= t if causal, all j of the document otherwise
+    o_t = sum_j softmax_j(scale q_t · k_j) v_j        q_t = R_t W_q x_t,  k_j = R_j W_k x_j,  v_j = W_v x_j
+    y_t = W_o o_t                                     j <= t if causal, all j of the document otherwise
 
-R_t turns the pair (i, i + K/2) of a head by the angle t * rope_base^(-2i/K), so that q_t · k_j depends on t - j.
+R_t stands for what `positions` says: rotary positions (RoPE) turn queries and keys, so that q_t · k_j depends on t - j.
 """
 
-import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, positive_int
-
-
-class AttentionState(NamedTuple):
-    """The tokens seen so far: S of them, whatever the document or padding they belong to.
-
-    k (B, S, H, K): rotated keys; v (B, S, H, K): values; valid (B, S) bool: real tokens of the current document;
-    position (B,) int64: how many of these there are, which is the position of the next token.
-    """
-
-    k: Tensor
-    v: Tensor
-    valid: Tensor
-    position: Tensor
+from linrnn.layers.append import append
+from linrnn.layers.attention_scale import QK_NORMS, Scale, check_scale, constant_scale, query_factor
+from linrnn.layers.attention_state import AttentionState, first_tokens, next_state
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, positive_int
+from linrnn.layers.heads import HeadNorm, white_
+from linrnn.layers.local_attention import Packed, Sight, pack, sight, unpack
+from linrnn.layers.positions import ALiBi, Positions, ReRoPE, RoPE, as_positions
+from linrnn.layers.rotary import rotate
+from linrnn.layers.softmax_attention import Rule, Sinks, attend, fused, products
 
 
 class Attention(RecurrentLayer):
     """Softmax attention over `torch.nn.functional.scaled_dot_product_attention`.
 
     The position of a token is the number of real tokens before it in its document, so padding (left, right, ragged),
-    packed documents and carried states all give what the document alone gives. Without state, reset and mask no T x T
-    mask is made. The state grows by one row per token.
+    packed documents and carried states all give what the document alone gives. Masks are made for blocks of queries, or
+    not at all. The state grows by one row per token, without being copied each time, or with `window` has a fixed size.
 
     Args:
         d_model: width D of input and output.
-        n_heads: number H of heads, of even width K = D / H; if None, at least 4 heads as wide as 16 to 64 allows.
-        rope_base: base of the rotary angles; None for no positions at all.
+        n_heads: number H of heads, of width K = D / H; if None, at least 4 heads as wide as 16 to 64 allows.
+        n_kv_heads: heads of keys and values, a divisor of H; if None, H. Groups of H / n_kv_heads heads share them.
+        positions: a value of `linrnn.layers.positions` (RoPE, ReRoPE, ALiBi, NoPE), its name, a mapping, or None.
+        scale: factor of the logits. None: 1 / sqrt(K), one with qk_norm="key", 4 ln n with "cos", where a query sees n
+            keys. "logn", LogN(length): times ln n / ln length. "gradient": times 0.84 sqrt(ln n), 3.5 ln n with "cos".
+        qk_norm: "qk": RMSNorm with a gain on the heads of queries and keys; "key": keys of length one (KeyNorm);
+            "cos": both (CosA, kexue.fm 9859).
+        qk_bias: adds a bias to queries and keys, before R_t (kexue.fm 9577).
+        window: a token sees those at distances below it, on both sides if bidirectional.
+        sink: how many first tokens of a document are seen beside the window (arXiv:2309.17453).
+        half_causal: half of the heads sees tokens up to t, the others those from t on; cannot step (kexue.fm 9529).
         causal: token t sees tokens up to t.
         bidirectional: every token sees its whole document; such a layer cannot step. The same as causal=False.
         dropout: probability of dropping an attention weight in training.
+
+    Raises:
+        ValueError: a value outside its range, or two options that exclude each other.
     """
 
     state_type = AttentionState
@@ -52,92 +59,223 @@ class Attention(RecurrentLayer):
         d_model: int,
         *,
         n_heads: int | None = None,
-        rope_base: float | None = 10000.0,
+        n_kv_heads: int | None = None,
+        positions: Positions | str | Mapping[str, Any] | None = RoPE(),  # noqa: B008
+        scale: Scale = None,
+        qk_norm: str | None = None,
+        qk_bias: bool = False,
+        window: int | None = None,
+        sink: int = 0,
+        half_causal: bool = False,
         causal: bool = True,
         bidirectional: bool = False,
         dropout: float = 0.0,
     ):
-        super().__init__(d_model, causal=causal and not bidirectional)
+        super().__init__(d_model, causal=causal and not bidirectional and not half_causal)
         self.n_heads = default_heads(d_model) if n_heads is None else positive_int("n_heads", n_heads)
         if d_model % self.n_heads:
             raise ValueError(f"n_heads: expected a divisor of d_model = {d_model}, got {n_heads}")
         self.d_head = d_model // self.n_heads
-        if rope_base is not None and rope_base <= 0:
-            raise ValueError(f"rope_base: expected a number > 0 or None, got {rope_base}")
-        if rope_base is not None and self.d_head % 2:
-            raise ValueError(
-                f"n_heads: rotary positions need an even head width, got d_model / n_heads = {self.d_head}; "
-                "change n_heads or set rope_base=None"
-            )
+        self.n_kv_heads = self.n_heads if n_kv_heads is None else positive_int("n_kv_heads", n_kv_heads)
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads: expected a divisor of n_heads = {self.n_heads}, got {n_kv_heads}")
+        self.positions = as_positions(positions)
+        if isinstance(self.positions, RoPE):
+            self.positions.turned(self.d_head)
+        elif isinstance(self.positions, ReRoPE) and self.d_head % 2:
+            raise ValueError(f"n_heads: ReRoPE needs an even head width, got d_model / n_heads = {self.d_head}")
+        if qk_norm not in QK_NORMS:
+            raise ValueError(f"qk_norm: expected one of 'qk', 'key', 'cos', None, got {qk_norm!r}")
+        self.scale, self.qk_norm = check_scale(scale, qk_norm), qk_norm
+        self.window = None if window is None else positive_int("window", window)
+        if not isinstance(sink, int) or isinstance(sink, bool) or sink < 0:
+            raise ValueError(f"sink: expected an integer >= 0, got {sink!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a number in [0, 1), got {dropout}")
-        self.rope_base, self.dropout = rope_base, dropout
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.sink, self.half_causal, self.dropout = sink, half_causal, dropout
+        self.check_together(causal, bidirectional)
+        self.qkv = nn.Linear(d_model, (self.n_heads + 2 * self.n_kv_heads) * self.d_head, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
+        self.qk_bias = nn.Parameter(torch.empty(self.n_heads + self.n_kv_heads, self.d_head)) if qk_bias else None
+        self.q_norm = HeadNorm(self.d_head) if qk_norm == "qk" else None
+        self.k_norm = HeadNorm(self.d_head) if qk_norm == "qk" else None
         self.reset_parameters()
 
+    def check_together(self, causal: bool, bidirectional: bool) -> None:
+        """Raises ValueError for two options that exclude each other."""
+        ahead = "half_causal" if self.half_causal else "bidirectional" if bidirectional or not causal else None
+        rerope = isinstance(self.positions, ReRoPE)
+        for wrong, one, other, why in (
+            (self.half_causal and bidirectional, "half_causal", "bidirectional", "half of the heads is causal"),
+            (self.half_causal and not causal, "half_causal", "causal=False", "half of the heads is causal"),
+            (self.half_causal and self.n_kv_heads % 2, "half_causal", f"n_kv_heads={self.n_kv_heads}", "no half of it"),
+            (self.sink and self.window is None, "sink", "window=None", "without a window all tokens are seen"),
+            (self.sink and ahead, "sink", ahead, "the first tokens stay visible to later ones"),
+            (rerope and self.window is not None, "ReRoPE", "window", "distances have one of the two windows"),
+            (rerope and ahead, "ReRoPE", ahead, "distances below zero have no window"),
+        ):
+            if wrong:
+                raise ValueError(f"{one}, {other}: these exclude each other, {why}")
+
     def reset_parameters(self) -> None:
-        """Draws new parameters: white x gives white q, k, v."""
-        nn.init.normal_(self.qkv.weight, std=self.d_model**-0.5)
-        nn.init.normal_(self.out.weight, std=self.d_model**-0.5)
+        """Draws new parameters: white x gives white q, k, v. Biases are zero, gains one."""
+        white_(self.qkv, self.out)
+        if self.qk_bias is not None:
+            nn.init.zeros_(self.qk_bias)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
+
+    def optim_hints(self) -> dict[str, dict[str, float]]:
+        """No weight decay on biases, also where they are a matrix."""
+        return {} if self.qk_bias is None else {"qk_bias": {"weight_decay": 0.0}}
 
     def state_spec(self) -> StateSpec:
-        cache = (None, self.n_heads, self.d_head)
-        return {"k": (cache, None), "v": (cache, None), "valid": ((None,), torch.bool), "position": ((), torch.int64)}
+        shape = self.n_kv_heads, self.d_head
+        cache = (None if self.window is None else self.window - 1, *shape)
+        spec: dict[str, Any] = {"k": (cache, None), "v": (cache, None), "position": ((), torch.int64)}
+        return spec | (
+            {"sink_k": ((self.sink, *shape), None), "sink_v": ((self.sink, *shape), None)} if self.sink else {}
+        )
 
-    def init_state(self, batch_size: int) -> AttentionState:
-        state = super().init_state(batch_size)
-        dtype = self.qkv.weight.dtype
-        return state._replace(k=state.k.to(dtype), v=state.v.to(dtype))
+    # the pieces: what a decoder puts together in its own way (`linrnn.layers.online_softmax`)
+
+    def project(self, x: Tensor, position: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps x (B, T, D) at positions (1 or B, T) to q (B, T, H, K) and k, v (B, T, H_kv, K), as they are cached.
+
+        Args:
+            x: the tokens.
+            position: of each in its document.
+            count: how many keys each query sees; if None, as many as causality and the window allow.
+        """
+        split = self.n_heads + self.n_kv_heads, self.n_kv_heads
+        qk, v = self.qkv(x).unflatten(-1, (sum(split), self.d_head)).split(split, 2)
+        if self.qk_bias is not None:
+            qk = (qk + self.qk_bias).to(v.dtype)
+        count = self.count(position) if count is None else count
+        factor = query_factor(self.scale, self.qk_norm, count, accumulation_dtype(v.dtype))
+        if factor is not None or self.qk_norm is not None:
+            q, k = qk.split((self.n_heads, self.n_kv_heads), 2)
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            k = unit(k) if self.qk_norm in ("key", "cos") else k
+            q = unit(q) if self.qk_norm == "cos" else q
+            q = q if factor is None else (q * factor[..., None, None]).to(q.dtype)
+            qk = torch.cat((q, k), 2)
+        if isinstance(self.positions, RoPE):
+            qk = self.positions.turn(qk, position)
+        q, k = qk.split((self.n_heads, self.n_kv_heads), 2)
+        return q, k, v
+
+    def scores(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Returns the logits (B, H, C, W), at least float32, of q (B, C, H, K) and cached k (B, W, H_kv, K).
+
+        Queries and keys are at positions `query` (C) or (1 or B, C) and `key` (W) or (1 or B, W) of one document; what
+        is not seen is not left out (`visible`).
+        """
+        query, key = (p[None] if p.ndim == 1 else p for p in (query, key))
+        distance = query[:, None, :, None] - key[:, None, None]  # (1 or B, 1, C, W)
+        if isinstance(self.positions, ReRoPE):
+            base, far = self.positions.base, self.positions.far
+            near = products(rotate(q, query, base), rotate(k, key, base))
+            beyond = products(rotate(q, far(query, query=True), base), rotate(k, far(key, query=False), base))
+            logits = torch.where(distance < self.positions.window, near, beyond)
+        else:
+            logits = products(q, k)
+        logits = logits * self.logit_scale
+        slopes = self.slopes(logits)
+        return logits if slopes is None else logits - slopes[:, None, None] * distance.abs()
+
+    def visible(self, query: Tensor, key: Tensor) -> Tensor:
+        """Returns which keys of one document are seen, bool (C, W) or (1 or B, C, W), positions as in `scores`."""
+        key = key[..., None, :]
+        distance = query[..., None] - key
+        seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
+        return seen if self.window is None else seen & ((distance.abs() < self.window) | (key < self.sink))
+
+    def merge(self, o: Tensor) -> Tensor:
+        """Maps what the heads read, o (B, T, H, K), to y (B, T, D)."""
+        return self.out(o.flatten(-2))
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor of the logits that is the same for all queries."""
+        more = self.positions.logit_factor if isinstance(self.positions, RoPE) else 1.0
+        return constant_scale(self.scale, self.qk_norm, self.d_head) * more
+
+    def slopes(self, like: Tensor) -> Tensor | None:
+        """Returns ALiBi's slopes (H), at least float32, or None."""
+        if not isinstance(self.positions, ALiBi):
+            return None
+        return torch.tensor(
+            self.positions.slopes(self.n_heads), dtype=accumulation_dtype(like.dtype), device=like.device
+        )
+
+    def count(self, before: Tensor, after: Tensor | None = None) -> Tensor:
+        """Returns how many keys a query sees that has so many tokens before and after it in its document."""
+        if self.window is not None:
+            before = before.clamp(max=self.window - 1 + self.sink)
+            after = None if after is None else after.clamp(max=self.window - 1)
+        return before + 1 if after is None else before + 1 + after
+
+    # the whole
 
     def forward(
         self, x: Tensor, state: State = None, *, reset: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Maps x (B, T, D) and a state to y (B, T, D) and the state after the last token (None if bidirectional)."""
         self.check_inputs(x, state, reset, mask)
-        x = blank_padding(x, mask)
-        qk, v = self.qkv(x).unflatten(-1, (3, self.n_heads, self.d_head)).split((2, 1), 2)  # (B, T, 2 and 1, H, K)
-        plain = state is None and reset is None and mask is None
-        position, next_position = positions(x, state and state.position, reset, mask)  # (1 or B, T), (B)
-        if self.rope_base is not None:
-            qk = rotate(qk, position, self.rope_base)
-        (q, k), v = qk.unbind(2), v.squeeze(2)  # (B, T, H, K) each
+        if x.shape[1] == 0:
+            return self.out(x), (self.init_state(len(x)) if state is None else state) if self.causal else None
+        packed = pack(x, reset, mask)
+        seen = sight(packed, state and state.position, None, self.causal)
+        q, k, v = self.project(packed.x, seen.before, self.count(seen.before, seen.after))
         if state is not None:
-            # the cache takes the dtype of the activations, which autocast may have changed
-            k, v = torch.cat((state.k.to(k.dtype), k), 1), torch.cat((state.v.to(v.dtype), v), 1)  # (B, S + T, H, K)
-        o = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=None if plain else self.allowed(x, state, reset, mask),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=plain and self.causal,
-        )
-        y = self.out(o.transpose(1, 2).flatten(-2))
-        if not self.causal:
-            return y, None
-        return y, AttentionState(k, v, valid_after(x, state and state.valid, reset, mask), next_position)
+            k, v = append(state.k, k), append(state.v, v)  # (B, S + T, H_kv, K)
+        elif self.causal and self.window is None:
+            k, v = append(None, k), append(None, v)
+        sinks = first_tokens(k, v, state, packed, seen, self.sink) if self.sink else None
+        o = self.halves(q, k, v, packed, seen) if self.half_causal else self.read(q, k, v, packed, seen, sinks)
+        y = unpack(self.merge(o), packed.place)
+        return y, next_state(k, v, state, packed, seen, sinks, self.window) if self.causal else None
 
-    def allowed(self, x: Tensor, state: State, reset: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Returns which keys a query sees, bool (B, 1, T or 1, S + T): at least one each, so that no row is NaN."""
-        B, T, _ = x.shape
-        if not self.causal and reset is None and mask is not None:
-            return (mask | ~mask.any(1, keepdim=True))[:, None, None]  # (B, 1, 1, T): padding needs no T x T mask
-        real = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask
-        seen = real[:, None].expand(B, T, T)
-        if reset is not None:
-            document = reset.cumsum(1)  # (B, T): 0 is the carried one
-            seen = seen & (document[:, :, None] == document[:, None])
-        if self.causal:
-            seen = seen.tril()
-        # a padded query sees itself: no real token reads the result, but it stays finite
-        seen = seen | torch.eye(T, dtype=torch.bool, device=x.device)
-        if state is not None:
-            past = state.valid[:, None].expand(B, T, -1)
-            if reset is not None:
-                past = past & (document == 0)[:, :, None]
-            seen = torch.cat((past, seen), -1)
-        return seen[:, None]
+    def read(self, q: Tensor, k: Tensor, v: Tensor, packed: Packed, seen: Sight, sinks: Sinks | None = None) -> Tensor:
+        """Maps queries q (B, T, H, K) and the columns k, v (B, S + T, H_kv, K) to o (B, T, H, K)."""
+        how: dict[str, Any] = {"scale": self.logit_scale, "dropout": self.dropout if self.training else 0.0}
+        columns = k.shape[1]
+        everything = columns == q.shape[1] and packed.reset is None and (self.window or columns) >= columns
+        if everything and not isinstance(self.positions, (ALiBi, ReRoPE)):
+            if seen.after is None:  # padding is behind what is real
+                return fused(q, k, v, causal=True, **how)
+            real = packed.real
+            return fused(q, k, v, mask=None if real is None else (real | ~real[:, :1])[:, None, None], **how)
+        return attend(q, k, v, self.rule(q, seen, sinks), **how)
+
+    def halves(self, q: Tensor, k: Tensor, v: Tensor, packed: Packed, seen: Sight) -> Tensor:
+        """Half of the heads reads up to each token, the other half from there on."""
+        (q, q2), (k, k2), (v, v2) = (u.chunk(2, 2) for u in (q, k, v))
+        rule = self.rule(q, seen, None)
+        past, future = (
+            rule._replace(after=None, ahead=None),
+            rule._replace(before=torch.zeros_like(rule.before), back=0),
+        )
+        if rule.slopes is not None:
+            past, future = (r._replace(slopes=s) for r, s in zip((past, future), rule.slopes.chunk(2), strict=True))
+        elif packed.lengths is None and packed.reset is None and (self.window or q.shape[1]) >= q.shape[1]:
+            causal = self.read(q, k, v, packed, seen._replace(after=None))
+            anticausal = self.read(q2.flip(1), k2.flip(1), v2.flip(1), packed, seen._replace(after=None)).flip(1)
+            return torch.cat((causal, anticausal), 2)
+        how: dict[str, Any] = {"scale": self.logit_scale, "dropout": self.dropout if self.training else 0.0}
+        return torch.cat((attend(q, k, v, past, **how), attend(q2, k2, v2, future, **how)), 2)
+
+    def rule(self, q: Tensor, seen: Sight, sinks: Sinks | None) -> Rule:
+        """Returns what queries see by their documents and the window, and how."""
+        reach = None if self.window is None else self.window - 1
+        before, after = seen.before, seen.after
+        if reach is not None:
+            before, after = before.clamp(max=reach), None if after is None else after.clamp(max=reach)
+        scores = self.scores if isinstance(self.positions, ReRoPE) else None
+        return Rule(before, after, reach, None if after is None else reach, sinks, self.slopes(q), scores)
 
 
 def default_heads(d_model: int) -> int:
@@ -148,43 +286,6 @@ def default_heads(d_model: int) -> int:
     return d_model // max((width for width in widths if d_model >= 4 * width), default=min(widths))
 
 
-def positions(x: Tensor, start: Tensor | None, reset: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Counts the real tokens before each token in its document, (1 or B, T), and before the next call's first, (B)."""
-    B, T, _ = x.shape
-    if start is None:
-        start = torch.zeros(B, dtype=torch.int64, device=x.device)
-        if reset is None and mask is None:
-            return torch.arange(T, device=x.device)[None], start + T
-    if T == 0:
-        return start[:, None].expand(B, 0), start
-    real = torch.ones(B, T, dtype=torch.int64, device=x.device) if mask is None else mask.long()
-    count = start[:, None] + real.cumsum(1)  # up to and with token t, from the start of the carried document
-    before = count - real
-    if reset is None:
-        return before, count[:, -1]
-    base = torch.where(reset, before, 0).cummax(1).values  # the count at which the current document began
-    return before - base, count[:, -1] - base[:, -1]
-
-
-def valid_after(x: Tensor, valid: Tensor | None, reset: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Returns which of the S + T cached tokens (B, S + T) are real ones of the document that is open at the end."""
-    B, T, _ = x.shape
-    real = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask
-    if reset is not None and T:
-        document = reset.cumsum(1)
-        real = real & (document == document[:, -1:])
-        valid = None if valid is None else valid & (document[:, -1:] == 0)
-    return real if valid is None else torch.cat((valid, real), 1)
-
-
-def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
-    """Turns x (B, T, 2, H, K), both q and k, by positions (1 or B, T): the halves of K are the pairs' coordinates."""
-    dtype = accumulation_dtype(x.dtype)
-    half = x.shape[-1] // 2
-    # the phase of position 50 000 is wrong by 1e-3 in float32; Apple's GPUs have no float64
-    exact = dtype if x.device.type == "mps" else torch.float64
-    frequency = base ** (torch.arange(half, dtype=exact, device=x.device) / -half)  # (K / 2)
-    angle = (position[..., None, None, None] * frequency).remainder(2 * math.pi).to(dtype)  # (1 or B, T, 1, 1, K / 2)
-    cos, sin = angle.cos(), angle.sin()
-    x1, x2 = x.to(dtype).chunk(2, -1)
-    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1).to(x.dtype)
+def unit(x: Tensor) -> Tensor:
+    """Divides x (..., K) by its length."""
+    return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1, eps=1e-6).to(x.dtype)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linrnn.layers.attention import positions
 from linrnn.layers.base import blank_padding
+from linrnn.layers.documents import positions
 from linrnn.layers.ring import last_of_document
 
 

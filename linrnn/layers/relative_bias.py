@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from linrnn.layers.attention import rotate
 from linrnn.layers.base import accumulation_dtype, positive_int
+from linrnn.layers.rotary import rotate
 
 
 class RotaryBias(nn.Module):

@@ -1,13 +1,41 @@
-"""Rotary positions for linear attention, as a recurrence: S_t = R_{-1} S_{t-1} + k_t v_t^T, with R_1 a turn by θ.
+"""Rotary positions (Su et al. 2021, arXiv:2104.09864): R_t turns the pair (i, i + K/2) of a head by the angle t θ_i.
 
-q_t^T S_t = sum_j (R_t q_t)^T (R_j k_j) v_j^T, the rotary positions of arXiv:2104.09864. Written so, the state needs no
-position beside it, never sees a large angle, and a reset needs no new count.
+In linear attention they are a recurrence, S_t = R_{-1} S_{t-1} + k_t v_t^T, with R_1 a turn by θ: q_t^T S_t is
+sum_j (R_t q_t)^T (R_j k_j) v_j^T. Written so, the state needs no position beside it, never sees a large angle, and a
+reset needs no new count.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-from linrnn.layers.attention import rotate
+from linrnn.layers.base import accumulation_dtype
+
+
+def rotate(x: Tensor, position: Tensor, base: float | Tensor) -> Tensor:
+    """Turns x (B, T, ..., K) by positions (1 or B, T), whole or not: the halves of K are the pairs' coordinates.
+
+    Args:
+        x: what is turned.
+        position: of each token.
+        base: θ_i = base^(-2i/K), or the angles θ (K / 2) themselves.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    half = x.shape[-1] // 2
+    # the phase of position 50 000 is wrong by 1e-3 in float32; Apple's GPUs have no float64
+    exact = dtype if x.device.type == "mps" else torch.float64
+    frequency = base.to(exact) if isinstance(base, Tensor) else rotary_frequencies(base, half, exact, x.device)
+    position = position[(..., *(None for _ in range(x.ndim - 2)))]  # (1 or B, T, 1, ..., 1)
+    angle = (position * frequency).remainder(2 * math.pi).to(dtype)  # (1 or B, T, ..., K / 2)
+    cos, sin = angle.cos(), angle.sin()
+    x1, x2 = x.to(dtype).chunk(2, -1)
+    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1).to(x.dtype)
+
+
+def rotary_frequencies(base: float, half: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Returns θ_i = base^(-i/half) for i < half."""
+    return base ** (torch.arange(half, dtype=dtype, device=device) / -half)
 
 
 def count_real(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
