@@ -7,10 +7,10 @@ A peer has the weights of the row above that is ours, and its output is compared
 of a table are from one process, interleaved, and the fastest run counts; memory is warm. Forward + backward takes the
 gradients of the input and of every parameter. Peak memory is what one forward + backward takes on top of input and
 parameters, outputs and gradients included: on a CPU the high-water mark of resident memory (VmHWM, set back before) of
-a fresh process for each row, on a GPU that of torch's allocator. (The forward + backward of transformers, minutes long,
-is timed there, once.) A decoding step maps one token of one sequence; on a
-CPU it runs on one thread. Training is that of a byte-level language model: an embedding, residual blocks of RMSNorm and
-mixer, a tied head, the cross entropy of the next byte and AdamW.
+a fresh process for each row, on a GPU that of torch's allocator. (The forward + backward of transformers is quadratic
+in T: it is timed once, and its memory is four times that of a quarter of T.) A decoding step maps one token of one
+sequence; on a CPU it runs on one thread. Training is that of a byte-level language model: an embedding, residual blocks
+of RMSNorm and mixer, a tied head, the cross entropy of the next byte and AdamW.
 """
 
 import argparse
@@ -98,9 +98,11 @@ def measure(group: str, size: Size, seconds: float) -> list[Row]:
     for name, ms in times(with_gradients, [case for case in cases if not case.quadratic]).items():
         rows[name].both = ms
     for case in cases:
-        rows[case.name].memory, ms = peak_memory(group, case, size)
         if case.quadratic:
-            rows[case.name].both = ms
+            began = time.perf_counter()
+            common.synchronized(with_gradients(case), size.device)()
+            rows[case.name].both = 1e3 * (time.perf_counter() - began)
+        rows[case.name].memory = peak_memory(group, case, size)
     steps = {c.name: repeated(c.step) for c in cases if c.step is not None}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -116,35 +118,29 @@ def repeated(step: Callable[[], object]) -> Callable[[], object]:
     return lambda: [step() for _ in range(CALLS)]
 
 
-def peak_memory(group: str, case: Case, size: Size) -> tuple[float, float]:
-    """MiB and milliseconds of one forward + backward; NaN if the fresh process fails, which says why."""
+def peak_memory(group: str, case: Case, size: Size) -> float:
+    """MiB of one forward + backward; NaN if the fresh process fails, which says why."""
     if size.device.type == "cuda":
-        return memory_and_time(case, size.device)
-    shape = [str(n) for n in (size.batch, size.time, size.width)]
+        return common.peak_memory(with_gradients(case), size.device)
+    parts = 4 if case.quadratic else 1
+    shape = [str(n) for n in (size.batch, size.time // parts, size.width)]
     threads = ["--threads", str(torch.get_num_threads())]
     command = [sys.executable, __file__, "--groups", group, "--peak", case.name, "--size", *shape, *threads]
     child = subprocess.run(command, capture_output=True, text=True)
     if child.returncode:
         print(f"{case.name}: its peak memory is unknown: {child.stderr.strip().splitlines()[-1:]}", flush=True)
-        return NAN, NAN
-    memory, ms = child.stdout.split()[-2:]
-    return float(memory), float(ms)
+        return NAN
+    return parts * float(child.stdout.split()[-1])
 
 
-def of_this_process(group: str, name: str, size: Size) -> tuple[float, float]:
+def peak_of_this_process(group: str, name: str, size: Size) -> float:
     """What a fresh process measures: once small, so that everything is loaded and started, then at full size."""
     make = GROUPS[group][1]
     for small in (Size(1, 16, size.width, size.device), size):
         (case,) = (case for case in make(small, only=name) if case.name == name)
         if small is not size:
             with_gradients(case)()
-    return memory_and_time(case, size.device)
-
-
-def memory_and_time(case: Case, device: torch.device) -> tuple[float, float]:
-    began = time.perf_counter()
-    memory = common.peak_memory(with_gradients(case), device)
-    return memory, 1e3 * (time.perf_counter() - began)
+    return common.peak_memory(with_gradients(case), size.device)
 
 
 class Stack(nn.Module):
@@ -254,7 +250,7 @@ def main() -> None:
     torch.manual_seed(0)
     size = Size(*(args.size or (QUICK if args.quick else SIZE)), torch.device(args.device))
     if args.peak is not None:
-        print(*of_this_process(args.groups[0], args.peak, size))
+        print(peak_of_this_process(args.groups[0], args.peak, size))
         return
     if size.device.type == "cpu":
         common.keep_memory_warm()

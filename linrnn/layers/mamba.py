@@ -115,13 +115,11 @@ class Mamba(RecurrentLayer):
         conv, ssm = (None, None) if state is None else state
         x, z = self.in_proj(blank_padding(x, mask)).chunk(2, -1)  # (B, T, d_inner)
         x, conv = self.conv1d(x, conv, reset=reset, mask=mask)
-        δ, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), -1)
-        if self.bcdt_norm:
-            δ, B, C = (rms_norm(s) for s in (δ, B, C))
+        dt, B, C = self.select(x)
         y, ssm = selective_scan(
             x,
-            F.linear(δ, self.dt_proj.weight),
-            -self.A_log.to(accumulation_dtype(self.A_log.dtype)).exp(),
+            dt,
+            self.A(),
             B,
             C,
             self.D,
@@ -134,9 +132,33 @@ class Mamba(RecurrentLayer):
         )
         return self.out_proj(y), MambaState(conv, ssm)
 
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Maps one token x_t (B, D) and a state to y_t (B, D) and the next state, in few operations of torch."""
+        if state is None or not isinstance(x_t, Tensor) or x_t.ndim != 2:
+            return super().step(x_t, state)
+        self.check_inputs(x_t[:, None], state, None, None)
+        x, z = self.in_proj(x_t[:, None]).chunk(2, -1)  # (B, 1, d_inner)
+        x, conv = self.conv1d(x, state.conv)
+        dt, B, C = self.select(x)
+        wide = state.ssm.dtype
+        Δ = F.softplus(dt.to(wide) + self.dt_proj.bias)
+        h = (Δ.mT * self.A()).exp() * state.ssm + (Δ * x).mT * B.to(wide)  # (B, d_inner, N)
+        y = ((h * C).sum(-1)[:, None] + self.D * x) * F.silu(z.to(wide))
+        return self.out_proj(y.to(x.dtype))[:, 0], MambaState(conv, h)
+
+    def A(self) -> Tensor:
+        """Returns A (d_inner, N), at least float32."""
+        return -self.A_log.to(accumulation_dtype(self.A_log.dtype)).exp()
+
+    def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps x (B, T, d_inner) to W_dt δ, as wide, and B and C (B, T, N)."""
+        δ, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), -1)
+        if self.bcdt_norm:
+            δ, B, C = (rms_norm(s) for s in (δ, B, C))
+        return F.linear(δ, self.dt_proj.weight), B, C
+
 
 def rms_norm(s: Tensor) -> Tensor:
     """Divides s (..., N) by its root mean square, computed in at least float32."""
     wide = s.to(accumulation_dtype(s.dtype))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)).to(s.dtype)
-
