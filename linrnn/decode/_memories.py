@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from linrnn.decode._stack import AttentionStack, blocks
+from linrnn.decode._stack import AttentionStack, blocks, tile_ranges
 from linrnn.decode.state import leaves, nbytes
 from linrnn.layers.base import State
 
@@ -32,15 +32,10 @@ class Memory:
     def id_bytes(self) -> int:
         return 0
 
-    def tiles(self, level: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Yields the blocks of earlier tokens that queries at start ... stop - 1 see, each once."""
-        seen = 0
-        for low, high in self.stack.spans(level, start, stop):
-            # whole blocks: where two spans touch the same one, it is yielded once
-            low = max(seen, low // self.block_size * self.block_size)
-            for part in blocks(low, min(high, start), self.block_size):
-                yield part
-                seen = part[1]
+    def tiles(self, level: int, start: int) -> Iterator[tuple[int, int]]:
+        """Yields the blocks of tokens before `start` that queries from there on see, each once."""
+        for first, last in tile_ranges(self.stack.spans(level, start), start, self.block_size):
+            yield from blocks(first * self.block_size, min(last * self.block_size, start), self.block_size)
 
 
 class KVCache(Memory):
@@ -82,7 +77,7 @@ class InputCache(Memory):
                 u = stack.mixed(level, x)
                 if level < stack.n_layers or every or high == end:
                     frame = stack.open(level, x, low)
-                    for start, stop in self.tiles(level, low, high):
+                    for start, stop in self.tiles(level, low):
                         page = self.pages[level - 1][start // self.block_size][:, : stop - start]
                         stack.attend(level, frame, *stack.keys_values(level, page, start), start)
                     x = stack.close(level, frame)
@@ -131,7 +126,7 @@ class Layerwise(IdsOnly):
     def features(self, ids: Tensor, start: int) -> Tensor:
         stack, length = self.stack, ids.shape[1]
         parts = list(blocks(0, length, self.block_size))
-        x = torch.cat([stack.embed(ids[:, low:high]) for low, high in parts], 1)  # (B, L, D)
+        x = self.embedded(ids, parts)
         for level in range(1, stack.n_layers + 1):
             k, v = self.keys_values(level, x, parts)
             self.held = nbytes((x, k, v))
@@ -139,10 +134,19 @@ class Layerwise(IdsOnly):
                 if level == stack.n_layers and high <= start:
                     continue  # of the last layer only what is asked for
                 frame = stack.open(level, x[:, low:high], low)
-                for at, stop in self.tiles(level, low, high):
+                for at, stop in self.tiles(level, low):
                     stack.attend(level, frame, k[:, at:stop], v[:, at:stop], at)
                 x[:, low:high] = stack.close(level, frame)  # its keys are made: nothing reads the input again
+            del k, v  # before those of the next layer are made
         return x[:, start:].clone()
+
+    def embedded(self, ids: Tensor, parts: list[tuple[int, int]]) -> Tensor:
+        """Returns level 0, (B, L, D): the one buffer that every layer then overwrites."""
+        weight = self.stack.model.embed.weight
+        x = weight.new_zeros(*ids.shape, weight.shape[1])
+        for low, high in parts:
+            x[:, low:high] = self.stack.embed(ids[:, low:high])
+        return x
 
     def keys_values(self, level: int, x: Tensor, parts: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Projects a whole layer's input, block by block, into buffers."""
@@ -174,7 +178,7 @@ class BlockRecursion(IdsOnly):
         if level == 0:
             return stack.embed(ids[:, low:high])
         frame = stack.open(level, self.evaluate(level - 1, ids, low, high), low)
-        for start, stop in self.tiles(level, low, high):
+        for start, stop in self.tiles(level, low):
             # no name for what comes from below: it must be gone when the next block is evaluated
             u = stack.mixed(level, self.evaluate(level - 1, ids, start, stop))
             k, v = stack.keys_values(level, u, start)
