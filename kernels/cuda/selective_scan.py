@@ -177,6 +177,8 @@ def _layout(
     problem = Problem(batch, T, G, D // G, tile, x.itemsize, dtype.itemsize)
     plan = plan or choose_plan(problem, backward, spacing, cuda.properties(device))
     program = cuda.program(*_program(backward, x, tile), device)
+    if plan.chunk % plan.stage or plan.stage > spacing > 0:
+        raise ValueError(f"a chunk has to hold whole stages, and a stage at most {spacing} tokens, got {plan}")
     chunks = -(-T // plan.chunk) if plan.chunk else 1
     grid = problem.blocks(plan.threads) * chunks
     shared = functools.partial(shared_bytes, problem, plan.threads, plan.stage, backward)
