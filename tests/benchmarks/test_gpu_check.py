@@ -54,6 +54,7 @@ def test_every_step_in_its_order(check):
         "slow_tests",
         "scan_quick",
         "layer",
+        "ssm",
         "sanitizer",
         "sweep",
         "scan",
@@ -78,5 +79,6 @@ def test_no_gpu(check):
     code, summary, calls, _ = check(NO_GPU=1)
     assert code == 2 and "no GPU: only the steps that need none have run" in summary
     assert "--collect-only" in calls and "--dry-run" in calls and "--quick" not in calls
+    assert "ssm.py --groups scan --size" in calls and "cuda" not in calls.split("ssm.py")[1]
     code, summary, _, _ = check(NO_GPU=1, BROKEN="collect-only")
     assert code == 1 and "tests: FAILED" in summary
