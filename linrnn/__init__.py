@@ -7,5 +7,6 @@ B batch, T time, D width, N state, H heads, K key, V value, C chunk.
 __version__ = "0.1.0"
 
 from linrnn import decode, layers, models, ops
+from linrnn.flops import crossover, flops
 
-__all__ = ["__version__", "decode", "layers", "models", "ops"]
+__all__ = ["__version__", "crossover", "decode", "flops", "layers", "models", "ops"]

@@ -1,0 +1,240 @@
+"""linrnn.flops and linrnn.crossover: thresholds, torch's counter of matrix products, models, errors."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import linrnn
+from linrnn import layers
+from linrnn.layers.hgrn import HGRN
+from linrnn.layers.positions import ReRoPE
+from linrnn.models import LanguageModel, SequenceBackbone, SequenceClassifier
+
+D, T = 16, 5
+
+
+def feed_forward(d_model: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
+
+
+# the thresholds of kexue.fm 8610, in heads of width d, H of them: D = H d
+
+
+@pytest.mark.parametrize(("d", "H"), [(64, 12), (64, 4), (16, 4)])
+def test_the_three_thresholds(d, H):
+    D = H * d
+    attention, ffn = layers.build("attention", D, n_heads=H, positions=None), feed_forward(D)
+    assert linrnn.flops(attention, 1000) == 4 * 1000 * D**2 + 2 * 1000**2 * D
+    assert linrnn.flops(ffn, 1000) == 8 * 1000 * D**2
+    # attention costs more than the feed-forward network iff T > 2 D
+    assert linrnn.crossover(attention, ffn) == 2 * D + 1
+    assert linrnn.flops(attention, 2 * D) == linrnn.flops(ffn, 2 * D)
+    # the quadratic term is more than all that is linear, 12 T D², iff T > 6 D
+    linear = nn.Sequential(*(nn.Linear(D, D, bias=False) for _ in range(4)), ffn)
+    block = nn.Sequential(attention, ffn)
+    assert linrnn.crossover(block, nn.Sequential(linear, linear)) == 6 * D + 1
+    # linear attention with heads four times as wide does less than T² D of products iff T > 16 d
+    wide = layers.build("linear_attention", 4 * D, n_heads=H, feature_map="identity")
+    assert linrnn.crossover(attention, wide, part="recurrence") == 16 * d + 1
+    # with wide keys alone iff T > 4 d, and as it is iff T > d
+    for K in (4 * d, d):
+        linear_attention = layers.build("linear_attention", D, n_heads=H, d_key=K, feature_map="identity")
+        assert linrnn.crossover(attention, linear_attention, part="recurrence") == K + 1
+
+
+def test_the_gated_network_has_the_threshold_too():
+    """SwiGLU of 8/3 D has the 8 D² of a network of two matrices and 4 D."""
+    backbone = SequenceBackbone("attention", 768, 1, ffn_expand=8 / 3)
+    assert linrnn.crossover(backbone.mixers[0], backbone.blocks[0].ffn) == 2 * 768 + 1
+
+
+# against torch.utils.flop_counter, which counts matrix products, convolutions and SDPA, a multiplication as two FLOPs
+
+
+def counted_by_torch(call: Callable[[], Any]) -> int:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()  # the fused kernel of a CPU is not among what it counts
+    return counter.get_total_flops() // 2
+
+
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "both ways": {"bidirectional": True},
+    "grouped": {"n_heads": 4, "n_kv_heads": 2},
+    "alibi": {"positions": "alibi"},
+    "rerope": {"positions": ReRoPE(window=8)},
+    "half causal": {"half_causal": True},
+    "window over all": {"window": 63, "sink": 2},
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("n", [1, 63])
+def test_attention_is_what_torch_counts(name, n):
+    layer = layers.build("attention", 64, **ATTENTIONS[name])
+    assert linrnn.flops(layer, n) == counted_by_torch(lambda: layer(torch.randn(1, n, 64)))
+
+
+@pytest.mark.parametrize("name", [n for n in layers.available() if n not in ("attention", "aaren")])
+def test_projections_are_what_torch_counts(name):
+    """Within modules and without: whatever matrix products and convolutions there are with a parameter as a factor."""
+    layer, n = layers.build(name, D), 7
+    weights = {p.data_ptr(): p for p in layer.parameters()} | {b.data_ptr(): b for b in layer.buffers()}
+    seen = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal seen
+            if func._schema.name in ("aten::mm", "aten::addmm", "aten::bmm"):
+                a, b = args[-2:]
+                if b.untyped_storage().data_ptr() in weights:
+                    seen += a.numel() * b.shape[-1]
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
+        layer(torch.randn(1, n, D))
+    assert linrnn.flops(layer, n, part="projections") == seen
+
+
+def test_two_scans_each_way():
+    """Of the ring the states are split; elsewhere both directions have them all, and what they share is made once."""
+    for name, per_token in {"lru": 4 * D, "slru": 2 * D, "s4d": 8 * D * D, "s5": 4 * D, "hgrn": 3 * D}.items():
+        layer = layers.build(name, D, bidirectional=True)
+        assert linrnn.flops(layer, T, part="recurrence") == T * per_token, name
+    assert linrnn.flops(HGRN(D, complex=True, bidirectional=True), T, part="recurrence") == T * 12 * D
+    exp_features = layers.build("linear_attention", D, n_heads=4, feature_map="exp", bidirectional=True)
+    assert linrnn.flops(exp_features, T, part="recurrence") == T * 4 * (2 * 4 * 4 + 4)
+
+
+def test_windows():
+    """As many keys as the widest query sees; up to the window it is attention over everything."""
+    sees_all = layers.build("attention", 64)
+    for options, most in (({}, 10), ({"sink": 3}, 13), ({"bidirectional": True}, 19), ({"half_causal": True}, 10)):
+        layer = layers.build("attention", 64, window=10, **options)
+        assert linrnn.flops(layer, most) == linrnn.flops(sees_all, most)
+        assert linrnn.flops(layer, 1000) == 4 * 1000 * 64**2 + 2 * 1000 * most * 64
+
+
+# models
+
+
+def test_models_are_the_sum_of_their_parts():
+    backbone = SequenceBackbone(["lru", "attention"], 64, 3)
+    blocks = sum(linrnn.flops(block.mixer, 100) + 3 * 100 * 64 * 128 for block in backbone.blocks)
+    assert linrnn.flops(backbone, 100) == blocks
+    for tied in (False, True):
+        model = LanguageModel(50, mixer="attention", d_model=64, n_layers=2, tie_embeddings=tied)
+        assert linrnn.flops(model, 63) == counted_by_torch(lambda m=model: m(torch.zeros(1, 63, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"pooling": "cls"}, {"two_inputs": True}, {"two_inputs": True, "pooling": "cls"}]
+)
+def test_classifiers_are_what_torch_counts(options):
+    model = SequenceClassifier(10, d_input=3, mixer="attention", d_model=64, n_layers=2, **options)
+    x = torch.randn(1, 63, 3)
+    other = {"x2": x} if model.two_inputs else {}
+    assert linrnn.flops(model, 63) == counted_by_torch(lambda: model(x, **other))
+
+
+# crossover
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (("attention", {}), ("lru", {})),
+        (("attention", {"window": 9}), ("linear_attention", {})),
+        (("linear_attention", {}), ("attention", {})),
+        (("attention", {}), ("attention", {"window": 40})),
+        (("attention", {"window": 40, "sink": 2}), ("attention", {})),
+        (("mega", {"chunk_size": 50}), ("attention", {})),
+        (("attention", {}), ("mega", {"chunk_size": 50})),
+        (("attention", {}), ("mega", {"chunk_size": None, "d_key": 64, "d_value": 128})),
+        (("attention", {"window": 30}), ("mega", {"chunk_size": 60, "d_key": 16, "d_value": 16})),
+        (("s4d", {}), ("attention", {})),
+    ],
+)
+def test_crossover_is_the_first_of_all_lengths(a, b):
+    """Also where the difference of the costs rises and falls."""
+    a, b = layers.build(a[0], 64, **a[1]), layers.build(b[0], 64, **b[1])
+    for part in (None, "recurrence"):
+        more = (T for T in range(1, 701) if linrnn.flops(a, T, part=part) > linrnn.flops(b, T, part=part))
+        assert linrnn.crossover(a, b, part=part, limit=700) == next(more, None)
+
+
+class Polynomial(nn.Module):
+    """A module of one's own, which says what it costs."""
+
+    def __init__(self, *coefficients: int):
+        super().__init__()
+        self.coefficients = coefficients
+
+    def multiplications(self, T: int) -> tuple[int, int]:
+        return sum(c * T**i for i, c in enumerate(self.coefficients)), 0
+
+
+@pytest.mark.parametrize(
+    "coefficients",
+    [
+        *((0,), (1,), (-5, 2), (-6, 2), (5, -1), (-1, 1), (0, -1)),
+        *((-91, 20, -1), (-92, 20, -1), (-99, 20, -1), (-100, 20, -1), (-101, 20, -1)),
+        *((-10000, 0, 1), (-10000, 1, 1), (-9999, -200, 3), (0, -50, 1), (-(10**12), 0, 1)),
+    ],
+)
+def test_crossover_of_polynomials(coefficients):
+    a, nothing = Polynomial(*coefficients), Polynomial(0)
+    for limit in (1, 2, 3, 4, 5, 6, 100, 1000):
+        first = next((T for T in range(1, limit + 1) if linrnn.flops(a, T) > 0), None)
+        assert linrnn.crossover(a, nothing, limit=limit) == first
+    if coefficients == (-(10**12), 0, 1):
+        assert linrnn.crossover(a, nothing) == 10**6 + 1
+        assert linrnn.crossover(a, nothing, limit=10**6) is None
+
+
+def test_a_module_of_ones_own_counts_within_others():
+    model = nn.Sequential(Polynomial(3, 2), nn.Linear(4, 5))
+    assert linrnn.flops(model, 10) == 23 + 200
+    assert linrnn.flops(model, 10, part="recurrence") == 0
+
+
+@pytest.mark.parametrize("name", layers.available())
+def test_the_costs_of_every_layer(name):
+    """Every registered layer has them; they only grow, by whole tokens at least, and wider layers cost more."""
+    layer = layers.build(name, 32)
+    costs = [linrnn.flops(layer, T) for T in (1, 2, 63, 1000, 10**9)]
+    assert all(0 < a < b for a, b in itertools.pairwise(costs))
+    assert costs[0] * 10**9 <= costs[-1] or layer.state_size is None
+    assert linrnn.flops(layers.build(name, 64), 63) > costs[2]
+    parts = [linrnn.flops(layer, 63, part=part) for part in ("projections", "recurrence")]
+    assert sum(parts) == costs[2] and parts[1] > 0
+
+
+def test_errors():
+    layer = layers.build("lru", D)
+    for call, message in {
+        lambda: linrnn.flops(layer, 0): "T: expected an integer >= 1, got 0",
+        lambda: linrnn.flops(layer, 1.5): "T: expected an integer >= 1, got 1.5",
+        lambda: linrnn.flops(layer, 1, part="scan"): "part: expected 'projections', 'recurrence' or None, got 'scan'",
+        lambda: linrnn.crossover(layer, layer, part="scan"): "part: expected",
+        lambda: linrnn.crossover(layer, layer, limit=0): "limit: expected an integer >= 1, got 0",
+        lambda: linrnn.crossover(Polynomial(-100, 0, 0, 1), layer): "polynomial of degree two from T = 1 to",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    for unknown in (nn.LSTM(4, 4), nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))):
+        with pytest.raises(TypeError, match=r"no count is known of LSTM; give it a method multiplications\(T\)"):
+            linrnn.flops(unknown, 5)
+
+    class Unknown(layers.RecurrentLayer):
+        pass
+
+    with pytest.raises(TypeError, match="no count is known of Unknown"):
+        linrnn.flops(Unknown(4), 5)
