@@ -120,7 +120,7 @@ def _block(
 def fused(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float, dropout: float
 ) -> Tensor:
-    """torch's scaled_dot_product_attention of q (B, T, H, K) and k, v (B, S, H_kv, K), to o (B, T, H, K)."""
+    """torch's scaled_dot_product_attention of q (B, T, H, K), k (B, S, H_kv, K) and v (B, S, H_kv, V)."""
     B, T, H, K = q.shape
     groups = H // k.shape[2]
     if T == 1 and groups > 1:  # the queries of a group as so many tokens: keys are read once
@@ -139,7 +139,7 @@ def fused(
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[2],
     )
-    return o.reshape(B, 1, H, K) if T == 1 else o.transpose(1, 2)
+    return o.reshape(B, 1, H, v.shape[-1]) if T == 1 else o.transpose(1, 2)
 
 
 def _weigh(logits: Tensor, v: Tensor, dropout: float) -> Tensor:
