@@ -10,8 +10,7 @@ from linrnn.kernels.cpu import library
 from linrnn.kernels.cpu.diagonal_scan import MIN_PARALLEL, TYPES
 from linrnn.kernels.tensors import ABSENT, View, address, contiguous, flags_view, rows, view
 
-# m, z (B, H) and y (B, H, V), in the dtype of states; a field that is absent or not needed is None
-State = tuple[Tensor | None, Tensor | None, Tensor | None]
+Fields = tuple[Tensor | None, ...]  # m, z (B, H) and y (B, H, V), in the dtype of states
 
 # LinrnnSoftmaxScan of softmax_scan.cpp: 45 words of 8 bytes
 _PACK = struct.Struct("45q").pack
@@ -19,8 +18,8 @@ _ABSENT_STATE = (0, 0, 0)
 
 
 def forward(
-    logits: Tensor, v: Tensor, initial_state: State | None, flags: Tensor | None, reverse: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logits: Tensor, v: Tensor, initial_state: Fields | None, flags: Tensor | None, reverse: bool, keep: bool
+) -> tuple[Tensor, ...]:
     """o (B, T, H, V) in v's dtype, the final m, z and y, and m and z after each token (of no elements unless `keep`).
 
     logits (B, T, H) and states are in the dtype of states of v (B, T, H, V).
@@ -46,21 +45,23 @@ def forward(
 def backward(
     logits: Tensor,
     v: Tensor,
-    initial_state: State | None,
+    initial_state: Fields | None,
     flags: Tensor | None,
     o: Tensor,
-    final_state: State,
+    final_z: Tensor,
+    final_y: Tensor,
     m: Tensor,
     z: Tensor,
     grad_o: Tensor | None,
-    grad_final_state: State | None,
+    grad_final_state: Fields,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of the logits, of v and of the initial m, z and y; o, m and z are the forward's."""
     (B, _, H), V, wide = logits.shape, v.shape[3], state_dtype(v.dtype)
     logits, values, o, flags = rows(logits), rows(v.flatten(2)), rows(o.flatten(2)), contiguous(flags)
     grad_o = None if grad_o is None else rows(grad_o.to(v.dtype).flatten(2))
-    given, final, grad_final = (_addresses(state) for state in (initial_state, final_state, grad_final_state))
+    given, grad_final = _addresses(initial_state), _addresses(grad_final_state)
+    final_z, final_y = final_z.contiguous(), final_y.contiguous()
     grad_logits, grad_v = logits.new_empty(logits.shape), v.new_empty(v.shape)
     grads = tuple(v.new_empty(shape, dtype=wide) for shape in ((B, H), (B, H), (B, H, V)))
     _launch(
@@ -70,7 +71,7 @@ def backward(
         (view(m, reverse), view(z, reverse)),
         flags_view(flags, reverse),
         given[0],
-        final[0],
+        (0, final_z.data_ptr(), final_y.data_ptr()),
         (ABSENT if grad_o is None else view(grad_o, reverse), view(grad_logits, reverse)),
         view(grad_v.flatten(2), reverse),
         grad_final[0],
@@ -79,7 +80,7 @@ def backward(
     return grad_logits, grad_v, *grads
 
 
-def _addresses(state: tuple[Tensor | None, ...] | None) -> tuple[tuple[int, ...], tuple[Tensor | None, ...]]:
+def _addresses(state: Fields | None) -> tuple[tuple[int, ...], Fields]:
     """Of the fields, and what keeps them alive until the call."""
     if state is None:
         return _ABSENT_STATE, ()

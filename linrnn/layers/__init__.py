@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+from linrnn.layers.aaren import Aaren
 from linrnn.layers.attention import Attention, AttentionState
 from linrnn.layers.base import RecurrentLayer, State
 from linrnn.layers.complex_rwkv import ComplexRWKV
@@ -28,6 +29,7 @@ from linrnn.layers.slru import SLRU, SLRUState
 from linrnn.layers.token_mix import TokenMix
 
 LAYERS: dict[str, type[RecurrentLayer]] = {
+    "aaren": Aaren,
     "attention": Attention,
     "complex_rwkv": ComplexRWKV,
     "deltanet": DeltaNet,
@@ -92,6 +94,7 @@ __all__ = [
     "S4D",
     "S5",
     "SLRU",
+    "Aaren",
     "Attention",
     "AttentionState",
     "ComplexRWKV",

@@ -8,6 +8,7 @@ from torch import Tensor
 from linrnn.ops import _inputs
 from linrnn.ops._running_max import nothing
 from linrnn.ops._softmax_scan import scan
+from linrnn.ops._softmax_torch import flipped
 from linrnn.ops.diagonal_scan import flags_of
 
 
@@ -102,8 +103,9 @@ def softmax_scan(
     state = _no_past(logits, wide_v) if state is None else state
     if sizes["T"] == 0:
         return v, SoftmaxState(*(x.clone() for x in state))
-    flipped = tuple(x.flip(1) if reverse and x is not None else x for x in (logits, wide_v, reset, mask))
-    o, state = softmax_scan_reference(*flipped[:2], state, *flipped[2:])
+    in_order = (logits, wide_v, reset, mask)
+    logits, wide_v, reset, real = flipped(*in_order) if reverse else in_order
+    o, state = softmax_scan_reference(logits, wide_v, state, reset, real)
     o = o.flip(1) if reverse else o
     o = o if mask is None else torch.where(mask[..., None, None], o, 0)
     return o.to(out_dtype), state

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from linrnn.ops import BackendUnavailable, SoftmaxState, _softmax_scan, softmax_merge, softmax_scan
+from linrnn.ops import BackendUnavailable, SoftmaxState, _softmax_scan, _softmax_torch, softmax_merge, softmax_scan
 
 FAST = ("torch", "cpu")
 NAMES = ("logits", "v", "m", "z", "y")
@@ -91,7 +91,7 @@ def test_is_attention_of_a_shared_query(backend, flags, reverse, dtype, size, to
 @pytest.mark.parametrize("size", (1.0, 1e4))
 @pytest.mark.parametrize("shape", ((2, 1, 1, 1), (3, 63, 4, 16), (1, 130, 3, 33)))
 def test_equals_the_loop(backend, flags, size, shape, monkeypatch):
-    monkeypatch.setattr(_softmax_scan, "PIECE", 1000)  # the torch form in many pieces
+    monkeypatch.setattr(_softmax_torch, "PIECE", 1000)  # the torch form in many pieces
     assert_equals_the_loop(backend, *make(*shape, size=size, flags=flags))
 
 
@@ -325,7 +325,7 @@ def test_what_is_kept_and_made(backend, monkeypatch):
     """Autograd keeps inputs, o, and two numbers a head and token; the torch form makes nothing of another size."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    monkeypatch.setattr(_softmax_scan, "PIECE", 1 << 12)
+    monkeypatch.setattr(_softmax_torch, "PIECE", 1 << 12)
     inputs, _ = make(2, 512, 4, 16, dtype=torch.float32, state=False)
     size = inputs[1].numel()
     kept: dict[int, int] = {}
