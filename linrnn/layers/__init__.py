@@ -9,7 +9,9 @@ from linrnn.layers.base import RecurrentLayer, State
 from linrnn.layers.complex_rwkv import ComplexRWKV
 from linrnn.layers.delta_layer import DeltaState
 from linrnn.layers.deltanet import DeltaNet
+from linrnn.layers.flash import FLASH, FLASHState
 from linrnn.layers.gated_deltanet import GatedDeltaNet
+from linrnn.layers.gau import GAU, GAUState
 from linrnn.layers.gla import GLA, GLAState
 from linrnn.layers.griffin import Griffin, GriffinState
 from linrnn.layers.hgrn import HGRN, HGRNState, LowerBounds
@@ -33,7 +35,9 @@ LAYERS: dict[str, type[RecurrentLayer]] = {
     "attention": Attention,
     "complex_rwkv": ComplexRWKV,
     "deltanet": DeltaNet,
+    "flash": FLASH,
     "gated_deltanet": GatedDeltaNet,
+    "gau": GAU,
     "gla": GLA,
     "griffin": Griffin,
     "hgrn": HGRN,
@@ -84,6 +88,8 @@ def build(name: str, d_model: int, **kwargs: Any) -> RecurrentLayer:
 
 
 __all__ = [
+    "FLASH",
+    "GAU",
     "GLA",
     "HGRN",
     "LAYERS",
@@ -100,6 +106,8 @@ __all__ = [
     "ComplexRWKV",
     "DeltaNet",
     "DeltaState",
+    "FLASHState",
+    "GAUState",
     "GLAState",
     "GatedDeltaNet",
     "Griffin",

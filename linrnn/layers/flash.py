@@ -17,9 +17,9 @@ from torch import Tensor
 
 from linrnn.layers.base import State, StateSpec, accumulation_dtype, positive_int
 from linrnn.layers.feature_maps import FEATURE_MAPS
-from linrnn.layers.gau import GatedUnit, in_sight, scaled
+from linrnn.layers.gau import GatedUnit, scaled
 from linrnn.layers.kernel_attention import Features, noncausal
-from linrnn.layers.local_attention import Packed, Sight, latest, pack, sight, unpack, windows
+from linrnn.layers.local_attention import Packed, Sight, in_sight, latest, pack, sight, unpack, windows
 from linrnn.ops._chunks import carry
 from linrnn.ops._inputs import full_precision
 

@@ -8,6 +8,7 @@ n is the number of tokens that a row sees: t for token t of a causal layer, the 
 U = 1 it is attention, with A = I the gated feed-forward network: two of these layers stand for one of each.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from linrnn.layers.append import append
 from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, positive_int
 from linrnn.layers.heads import white_
-from linrnn.layers.local_attention import Packed, Sight, latest, pack, sight, unpack
+from linrnn.layers.local_attention import Packed, Sight, in_sight, latest, pack, sight, unpack
 from linrnn.layers.rotary import rotate
 from linrnn.layers.softmax_attention import Rule, attend
 
@@ -170,11 +171,6 @@ class GAU(GatedUnit):
         return GAUState(k, v, length)
 
 
-def in_sight(seen: Sight) -> Tensor:
-    """Returns how many tokens each one sees, (1 or B, T) int64."""
-    return seen.before + 1 if seen.after is None else seen.before + 1 + seen.after
-
-
 def scaled(q: Tensor, factor: Tensor) -> Tensor:
     """Returns q (B, T, s) times a factor (1 or B, T) for each token, in the dtype of q."""
     return (q * factor[..., None]).to(q.dtype)
@@ -188,14 +184,16 @@ def relu2_attention(q: Tensor, k: Tensor, v: Tensor, seen: Sight) -> Tensor:
     for a in range(0, T, QUERIES):
         b = min(a + QUERIES, T)
         end = past + (b if seen.after is None else T)
-        before, after = (None if n is None else n[:, a:b, None] for n in (seen.before, seen.after))
-        block = q[:, a:b], k[:, :end], v[:, :end], before, after, past + a
-        blocks.append(checkpoint(_relu2_block, *block, use_reentrant=False) if again else _relu2_block(*block))
+        before, after = seen.before[:, a:b, None], None if seen.after is None else seen.after[:, a:b, None]
+        run = functools.partial(_relu2_block, before=before, after=after, first=past + a)
+        block = q[:, a:b], k[:, :end], v[:, :end]
+        blocks.append(checkpoint(run, *block, use_reentrant=False) if again else run(*block))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
 
-def _relu2_block(q: Tensor, k: Tensor, v: Tensor, before: Tensor, after: Tensor | None, first: int) -> Tensor:
+def _relu2_block(q: Tensor, k: Tensor, v: Tensor, *, before: Tensor, after: Tensor | None, first: int) -> Tensor:
     """Of the queries q (B, C, s) that stand in columns `first` and behind, before and after (1 or B, C, 1)."""
-    distance = first + torch.arange(q.shape[1], device=q.device)[:, None] - torch.arange(k.shape[1], device=q.device)
-    visible = (distance <= before) & (distance >= (0 if after is None else -after))  # (1 or B, C, columns)
+    column = first + torch.arange(q.shape[1], device=q.device)[:, None]
+    key = torch.arange(k.shape[1], device=q.device)
+    visible = (key >= column - before) & (key <= (column if after is None else column + after))  # (1 or B, C, columns)
     return F.relu(torch.where(visible, q @ k.mT, 0)).square() @ v

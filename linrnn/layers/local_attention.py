@@ -75,6 +75,11 @@ def sight(packed: Packed, start: Tensor | None, chunk_size: int | None, causal: 
     return Sight(before, after, total)
 
 
+def in_sight(seen: Sight) -> Tensor:
+    """Returns how many tokens each one sees, (1 or B, T) int64."""
+    return seen.before + 1 if seen.after is None else seen.before + 1 + seen.after
+
+
 def windows(k: Tensor, past: int, length: int, future: int) -> Tensor:
     """Cuts k (B, past + G length + future, K) into what G blocks of queries may see, views (B, G, W, K)."""
     return k.unfold(1, past + length + future, length).mT

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linrnn.layers.flash import FLASH, FLASHState
-from linrnn.layers.gau import GAU
+from linrnn.layers import FLASH, GAU, FLASHState
 from linrnn.models.optim import param_groups
 
 D = 16

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linrnn.layers import GAU, GAUState
 from linrnn.layers import gau as module
-from linrnn.layers.gau import GAU, GAUState
 from linrnn.models.optim import param_groups
 
 D = 16
