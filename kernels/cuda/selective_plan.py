@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from linrnn.kernels.cuda.driver import DeviceProperties
 
-GROUP, SLOTS = 4, 2  # kGroup and kSlots of selective_scan.cuh
+SLOTS = 2  # kSlots of selective_scan.cuh
 SCHEDULERS = 4  # of a multiprocessor
 FORWARD_STAGE = 32
 MIN_CHUNK = 64  # tokens
@@ -62,6 +62,11 @@ class Problem:
     x_bytes: int
     state_bytes: int
 
+    @property
+    def group(self) -> int:
+        """Tokens that are in registers together: kGroup."""
+        return 2 if self.state_bytes * self.tile.V * self.tile.states > 32 else 4
+
     def blocks(self, threads: int) -> int:
         return self.B * self.G * -(-self.of_group // self.tile.channels(threads))
 
@@ -89,8 +94,8 @@ def shared_bytes(problem: Problem, threads: int, stage: int, backward: bool, red
     slot = sum(_up(n) for n in (row * number, of_x, of_y, coefficients, 0 if reduces else coefficients, stage))
     if reduces or not backward:
         return SLOTS * slot
-    tiles = (SLOTS + 1 + (stage - 1) // GROUP) * tile.V * tile.states * threads
-    sums = threads // WARP * GROUP * 2 * tile.padded
+    tiles = (SLOTS + 1 + (stage - 1) // problem.group) * tile.V * tile.states * threads
+    sums = threads // WARP * problem.group * 2 * tile.padded
     return SLOTS * slot + (tiles + sums) * number
 
 
@@ -106,7 +111,7 @@ def choose_plan(problem: Problem, backward: bool, spacing: int, device: DevicePr
         threads //= 2
     stage = spacing if backward else FORWARD_STAGE
     while shared_bytes(problem, threads, stage, backward) > device.shared_bytes_per_block:
-        if threads > (2 * WARP if stage > GROUP else WARP):
+        if threads > (2 * WARP if stage > problem.group else WARP):
             threads //= 2
         elif stage > 1:
             stage = -(-stage // 2)

@@ -13,7 +13,7 @@ using X = LINRNN_X;        // storage of x; everything else is in the type of th
 using S = arithmetic<X>;
 constexpr int V = LINRNN_V, kLanes = LINRNN_LANES, kStates = LINRNN_STATES;
 constexpr int kPadded = kLanes * kStates;
-constexpr int kGroup = 4;  // tokens that are in registers together
+constexpr int kGroup = sizeof(S) * V * kStates > 32 ? 2 : 4;  // tokens that are in registers together
 constexpr int kWarp = 32;
 constexpr int kSlots = 2;  // of the ring
 // The most threads of a block, and how many such blocks the registers of a multiprocessor are to hold, without spills.
@@ -187,8 +187,10 @@ struct Place {
   uint8_t flag(const Stage& stage, int i) const { return args.flags ? stage.flags[i] : uint8_t(0); }
   // Whether there is anything to heed in the kGroup tokens from i on, of which n exist.
   bool flagged(const Stage& stage, int i, int n) const {
-    if (n < kGroup) return true;
-    return args.flags && (stage.flags[i] | stage.flags[i + 1] | stage.flags[i + 2] | stage.flags[i + 3]);
+    int flags = n < kGroup;
+    if (args.flags)
+      for (int k = 0; k < kGroup && k < n; ++k) flags |= stage.flags[i + k];
+    return flags;
   }
 
   // The V numbers of this thread in token i.

@@ -1,4 +1,4 @@
-// A block as fibers on one OS thread: each thread runs to the next barrier, in an order shuffled at every barrier.
+// A block as fibers on one OS thread: each thread runs to the next barrier, or shuffle, in an order shuffled at every one.
 #pragma once
 
 #include <sys/mman.h>
@@ -52,23 +52,35 @@ class Fibers {
     active() = this;
     std::vector<unsigned> ready(block_.threads), exited;
     for (unsigned t = 0; t < block_.threads; t++) ready[t] = t;
-    std::vector<unsigned> waiting;
+    std::vector<unsigned> waiting, whole;  // at the barrier; and the warps that are whole in a shuffle
     std::vector<std::vector<unsigned>> shuffling((block_.threads + kWarp - 1) / kWarp);  // by warp
     while (!ready.empty()) {
-      std::shuffle(ready.begin(), ready.end(), block_.random);
-      for (unsigned t : ready) {
+      std::shuffle(ready.rbegin(), ready.rend(), block_.random);  // taken from the back
+      while (!ready.empty() || !whole.empty()) {
+        // A warp runs on while other threads have not even begun, or they all take turns.
+        if (!whole.empty() && (ready.empty() || block_.random() % 8)) {
+          const unsigned warp = whole.back();
+          whole.pop_back();
+          check_shuffle(block_, shuffling[warp], sites_);
+          std::shuffle(shuffling[warp].begin(), shuffling[warp].end(), block_.random);
+          ready.insert(ready.end(), shuffling[warp].begin(), shuffling[warp].end());
+          shuffling[warp].clear();
+          continue;
+        }
+        const unsigned t = ready.back();
+        ready.pop_back();
         switch_to(t);
         if (!failure_.what.empty()) throw failure_;
-        (fibers_[t].exited ? exited : sites_[t].mask ? shuffling[t / kWarp] : waiting).push_back(t);
+        if (fibers_[t].exited) {
+          exited.push_back(t);
+        } else if (!sites_[t].mask) {
+          waiting.push_back(t);
+        } else {
+          shuffling[t / kWarp].push_back(t);
+          if (shuffling[t / kWarp].size() == kWarp)
+            whole.insert(block_.random() % 8 ? whole.end() : whole.begin(), t / kWarp);
+        }
       }
-      ready.clear();
-      for (std::vector<unsigned>& lanes : shuffling) {
-        if (lanes.size() < kWarp) continue;
-        check_shuffle(block_, lanes, sites_);
-        ready.insert(ready.end(), lanes.begin(), lanes.end());
-        lanes.clear();
-      }
-      if (!ready.empty()) continue;
       for (const std::vector<unsigned>& lanes : shuffling)
         if (!lanes.empty()) fail_in_shuffle(block_, lanes[0], sites_[lanes[0]]);
       check_barrier(block_, waiting, sites_, exited);
