@@ -44,14 +44,14 @@ def append(past: Tensor | None, new: Tensor) -> Tensor:
     if past is None:
         past = new[:, :0]
     S, T = past.shape[1], new.shape[1]
-    room = getattr(past.untyped_storage(), "room", None)
+    room: Room | None = getattr(past.untyped_storage(), "room", None)
+    if past.is_inference() and not torch.is_inference_mode_enabled():
+        room = None  # in the inference mode alone may its tensors be written to
     if room is not None and S > 0 and past.stride()[:2] == (room.columns * room.row, room.row):
         end = past.storage_offset() // room.row % room.columns + S
         if room.take(end, T):
-            # a tensor of its own: the version counter of those who see other columns does not move
-            whole = past.new_empty(0).set_(
-                past.untyped_storage(), past.storage_offset(), (past.shape[0], S + T, *past.shape[2:]), past.stride()
-            )
+            # .data: the version counter of those who see other columns does not move
+            whole = past.data.as_strided((past.shape[0], S + T, *past.shape[2:]), past.stride())
             whole[:, S:] = new
             return whole
     columns = S + T + (S + T) // 2 + 8

@@ -174,17 +174,17 @@ class Attention(RecurrentLayer):
         is not seen is not left out (`visible`).
         """
         query, key = (p[None] if p.ndim == 1 else p for p in (query, key))
-        distance = query[:, None, :, None] - key[:, None, None]  # (1 or B, 1, C, W)
+        row, column = query[:, None, :, None], key[:, None, None]  # (1 or B, 1, C, 1), (1 or B, 1, 1, W)
         if isinstance(self.positions, ReRoPE):
             base, far = self.positions.base, self.positions.far
             near = products(rotate(q, query, base), rotate(k, key, base))
             beyond = products(rotate(q, far(query, query=True), base), rotate(k, far(key, query=False), base))
-            logits = torch.where(distance < self.positions.window, near, beyond)
+            logits = torch.where(column > row - self.positions.window, near, beyond)
         else:
             logits = products(q, k)
         logits = logits * self.logit_scale
         slopes = self.slopes(logits)
-        return logits if slopes is None else logits - slopes[:, None, None] * distance.abs()
+        return logits if slopes is None else logits - slopes[:, None, None] * (row.to(slopes.dtype) - column).abs()
 
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
         """Returns which keys of one document are seen, bool (C, W) or (1 or B, C, W), positions as in `scores`."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # the numbers in the mask of a block
-BLOCK = 2**23
+BLOCK = 2**22
 
 # maps q (B, C, H, K), k (B, W, H_kv, K) and columns (C), (W) to logits (B, H, C, W) of at least float32
 Scores = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -60,7 +60,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, *, scale: float, dropout
     back, ahead = None if sees_all else rule.back, rule.ahead
     # the columns that a query may see, where that is not most of them
     reach = None if back is None or (rule.after is not None and ahead is None) else back + (ahead or 0)
-    rows = B * H if rule.scores is not None else len(rule.before) * (1 if rule.slopes is None else H)
+    rows = 4 * B * H if rule.scores is not None else len(rule.before) * (1 if rule.slopes is None else H)
     if reach is None:
         size = BLOCK // max(rows * k.shape[1], 1)
     else:
@@ -85,32 +85,33 @@ def _block(
     C, W = q.shape[1], k.shape[1]
     query = past + a + torch.arange(C, device=q.device)
     key = low + torch.arange(W, device=q.device)
-    distance = (query[:, None] - key)[None]  # (1, C, W)
-    before = rule.before[:, a : a + C, None]  # (1 or B, C, 1)
-    after = 0 if rule.after is None else rule.after[:, a : a + C, None]
-    visible = (distance <= before) & (distance >= -after)  # (1 or B, C, W)
+    column = query[:, None]  # (C, 1); what is compared is never a matrix of integers
+    visible = key >= column - rule.before[:, a : a + C, None]  # (1 or B, C, W)
+    visible = visible & (key <= (column if rule.after is None else column + rule.after[:, a : a + C, None]))
     if rule.sinks is not None:
-        sinks = rule.sinks
+        sinks, s = rule.sinks, rule.sinks.k.shape[1]
+        slot = torch.arange(s, device=q.device)
         position = sinks.position[:, a : a + C, None]  # (1 or B, C, 1)
-        place = position - distance  # (1 or B, C, W), of the keys in the document of the query
-        slot = torch.arange(sinks.k.shape[1], device=q.device)
+        begun = column - position  # the column of the first token in the document of the query
         seen = slot <= position  # (1 or B, C, s)
         if sinks.first is None:
-            visible = visible & (place >= len(slot))
+            visible = visible & (key >= begun + s)
         else:
             first = sinks.first[:, a : a + C, None]
-            own = (place >= 0) & (place < len(slot)) & (distance >= 0)
-            visible = torch.where(first, visible & (place >= len(slot)), visible | own)
+            own = (key >= begun) & (key < begun + s) & (key <= column)
+            visible = torch.where(first, visible & (key >= begun + s), visible | own)
             seen = seen & first
-        rows = max(len(visible), len(seen))
         k, v = torch.cat((sinks.k.to(k.dtype), k), 1), torch.cat((sinks.v.to(v.dtype), v), 1)
-        visible = torch.cat((seen.expand(rows, -1, -1), visible.expand(rows, -1, -1)), -1)
-        distance = torch.cat(((position - slot).expand(rows, -1, -1), distance.expand(rows, -1, -1)), -1)
+        visible = torch.cat((seen.expand(len(visible), -1, -1), visible), -1)
     mask = visible[:, None]  # (1 or B, 1, C, W)
     if rule.scores is not None:
         return _weigh(rule.scores(q, k, query, key).masked_fill(~mask, -torch.inf), v, dropout)
     if rule.slopes is not None:
-        bias = -rule.slopes[:, None, None] * distance.abs()[:, None]  # (1 or B, H, C, W), at least float32
+        distance = (column.to(rule.slopes.dtype) - key).abs()[None]  # (1, C, W)
+        if rule.sinks is not None:
+            apart = (position - slot).to(distance.dtype)
+            distance = torch.cat((apart, distance.expand(len(apart), -1, -1)), -1)
+        bias = -rule.slopes[:, None, None] * distance[:, None]  # (1 or B, H, C, W), at least float32
         mask = bias.masked_fill(~mask, -torch.inf)
         if q.dtype != bias.dtype and q.device.type != "cpu":  # a bias in half precision cannot count to 1000
             return _weigh(scale * products(q, k) + mask, v, dropout)
