@@ -50,7 +50,9 @@ class Strip {
   const Args& args;
   const int64_t b, head, heads, V;
   std::vector<double> y, z, rescale, grad_m;  // y is the sum over values, or the gradient that values share
+  std::vector<double> products_o, products_v;
   std::vector<R> m;
+  std::vector<X> zeros;
 
   uint8_t flag(int64_t t) const {
     return args.flags ? args.flags[b * args.flags_stride_b + t * args.flags_stride_t] : uint8_t(0);
@@ -72,7 +74,7 @@ class Strip {
  public:
   Strip(const Args& args, int64_t b, int64_t head, int64_t heads)
       : args(args), b(b), head(head), heads(heads), V(args.V), y(heads * V), z(heads), rescale(heads), grad_m(heads),
-        m(heads) {}
+        products_o((V + W - 1) / W * W), products_v(products_o.size()), m(heads), zeros(V) {}
 
   void forward() {
     load(args.initial_m, 1, nothing<R>(), m), load(args.initial_z, 1, 0, z), load(args.initial_y, V, 0, y);
@@ -155,31 +157,29 @@ class Strip {
     const R l = heads_of<R>(args.logits, t)[h], m_t = heads_of<R>(args.m, t)[h];
     const double scale = inverse(heads_of<R>(args.z, t)[h]), weight = std::exp(double(l) - m_t), past = rescale[h];
     const X *v = values_of(args.v, t) + h * V, *o = values_of(args.o, t) + h * V;
-    const X* grad_o = args.grad_o.data ? values_of(args.grad_o, t) + h * V : nullptr;
+    const X* grad_o = args.grad_o.data ? values_of(args.grad_o, t) + h * V : zeros.data();
     X* grad_v = values_of(args.grad_v, t) + h * V;
-    double* G = &y[h * V];
-    double of_o[W] = {}, of_v[W] = {};
-    const auto number = [&](int64_t i, int lane) {
-      const double g = grad_o ? widen(grad_o[i]) : 0;
+    double *__restrict G = &y[h * V], *__restrict by_o = products_o.data(), *__restrict by_v = products_v.data();
+    LINRNN_INDEPENDENT
+    for (int64_t i = 0; i < V; ++i) {
+      const double g = widen(grad_o[i]);
       G[i] = G[i] * past + g * scale;
-      of_o[lane] += g * widen(o[i]);
-      of_v[lane] += G[i] * widen(v[i]);
+      by_o[i] = g * widen(o[i]);
+      by_v[i] = G[i] * widen(v[i]);
       grad_v[i] = narrow<X>(R(weight * G[i]));
-    };
-    int64_t i = 0;
-    for (; i + W <= V; i += W) {
-      LINRNN_INDEPENDENT
-      for (int lane = 0; lane < W; ++lane) number(i + lane, lane);
     }
-    for (; i < V; ++i) number(i, int(i % W));
-    z[h] = z[h] * past + sum(of_o) * scale;
-    double grad_l = weight * (sum(of_v) - z[h]);
+    z[h] = z[h] * past + sum(products_o) * scale;
+    double grad_l = weight * (sum(products_v) - z[h]);
     if (l == m_t && before < m_t) grad_l += grad_m[h], grad_m[h] = 0;
     heads_of<R>(args.grad_logits, t)[h] = R(grad_l);
     rescale[h] = before == m_t ? 1 : std::exp(double(before) - m_t);
   }
 
-  static double sum(const double* lanes) {
+  // Of V numbers, filled up with zeros to a multiple of W.
+  static double sum(const std::vector<double>& numbers) {
+    double lanes[W] = {};
+    for (size_t i = 0; i < numbers.size(); i += W)
+      for (int k = 0; k < W; ++k) lanes[k] += numbers[i + k];
     return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
   }
 };
