@@ -55,7 +55,8 @@ class Fibers {
     std::vector<unsigned> waiting, whole;  // at the barrier; and the warps that are whole in a shuffle
     std::vector<std::vector<unsigned>> shuffling((block_.threads + kWarp - 1) / kWarp);  // by warp
     while (!ready.empty()) {
-      std::shuffle(ready.rbegin(), ready.rend(), block_.random);  // taken from the back
+      std::shuffle(ready.begin(), ready.end(), block_.random);
+      std::reverse(ready.begin(), ready.end());  // taken from the back
       while (!ready.empty() || !whole.empty()) {
         // A warp runs on while other threads have not even begun, or they all take turns.
         if (!whole.empty() && (ready.empty() || block_.random() % 8)) {
