@@ -60,7 +60,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, *, scale: float, dropout
     back, ahead = None if sees_all else rule.back, rule.ahead
     # the columns that a query may see, where that is not most of them
     reach = None if back is None or (rule.after is not None and ahead is None) else back + (ahead or 0)
-    rows = 4 * B * H if rule.scores is not None else len(rule.before) * (1 if rule.slopes is None else H)
+    rows = 4 * B * H if rule.scores is not None else len(rule.before) * (1 if rule.slopes is None else 2 * H)
     if reach is None:
         size = BLOCK // max(rows * k.shape[1], 1)
     else:

@@ -269,47 +269,6 @@ def test_autocast(name: str) -> None:
     assert ((y - expected).norm() / expected.norm()).item() < 10 * 2**-8
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "one", "other"),
-    [
-        ({"half_causal": True, "bidirectional": True}, "half_causal", "bidirectional"),
-        ({"half_causal": True, "causal": False}, "half_causal", "causal=False"),
-        ({"half_causal": True, "n_heads": 4, "n_kv_heads": 1}, "half_causal", "n_kv_heads=1"),
-        ({"sink": 2}, "sink", "window=None"),
-        ({"sink": 2, "window": 3, "bidirectional": True}, "sink", "bidirectional"),
-        ({"sink": 2, "window": 3, "half_causal": True, "n_heads": 2}, "sink", "half_causal"),
-        ({"positions": ReRoPE(4), "window": 3}, "ReRoPE", "window"),
-        ({"positions": ReRoPE(4), "causal": False}, "ReRoPE", "bidirectional"),
-        ({"positions": ReRoPE(4), "half_causal": True, "n_heads": 2}, "ReRoPE", "half_causal"),
-        ({"scale": "logn", "qk_norm": "cos"}, "scale", 'qk_norm="cos"'),
-    ],
-)
-def test_options_that_exclude_each_other(kwargs: dict[str, Any], one: str, other: str) -> None:
-    with pytest.raises(ValueError, match=f"{one}.*{other}"):
-        Attention(16, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"n_kv_heads": 0}, "n_kv_heads: expected an integer >= 1, got 0"),
-        ({"n_heads": 4, "n_kv_heads": 3}, "n_kv_heads: expected a divisor of n_heads = 4, got 3"),
-        ({"window": 0}, "window: expected an integer >= 1, got 0"),
-        ({"window": 2.0}, r"window: expected an integer >= 1, got 2\.0"),
-        ({"window": 2, "sink": -1}, "sink: expected an integer >= 0, got -1"),
-        ({"scale": 0.0}, r"scale: expected a number > 0, got 0\.0"),
-        ({"scale": "log"}, "scale: expected a number, 'logn', LogN, 'gradient' or None, got 'log'"),
-        ({"qk_norm": "rms"}, "qk_norm: expected one of 'qk', 'key', 'cos', None, got 'rms'"),
-        ({"positions": 10000.0}, r"positions: expected RoPE, .* got 10000\.0"),
-        ({"n_heads": 16, "positions": "rope"}, "n_heads: rotary positions turn an even number of channels, got 1"),
-        ({"n_heads": 16, "positions": ReRoPE(3)}, "n_heads: ReRoPE needs an even head width, got .* 1"),
-    ],
-)
-def test_bad_values(kwargs: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Attention(16, **kwargs)
-
-
 def test_half_causal_cannot_step() -> None:
     layer = make("half causal")
     assert layer(torch.randn(1, 5, D, dtype=torch.float64))[1] is None
