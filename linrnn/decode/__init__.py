@@ -2,6 +2,8 @@
 
 from linrnn.decode import state
 from linrnn.decode.attention import AttentionDecoder, attention
+from linrnn.decode.calibration import Calibration
 from linrnn.decode.live import LiveBytes
+from linrnn.decode.plan import Choice, NoPlan, Plan, plan
 
-__all__ = ["AttentionDecoder", "LiveBytes", "attention", "state"]
+__all__ = ["AttentionDecoder", "Calibration", "Choice", "LiveBytes", "NoPlan", "Plan", "attention", "plan", "state"]

@@ -14,7 +14,9 @@ from linrnn.models.backbone import Block
 from linrnn.models.language import LanguageModel
 from linrnn.models.tokens import embed_ids
 
-TILE = 256  # keys that meet a block of queries at once: it bounds the logits that are held, whatever the block
+LOGITS = (
+    2**15
+)  # for each head, how many are held at once where that leaves 32 keys: few beside a frame, many for a call
 
 
 @dataclass(slots=True)
@@ -107,8 +109,9 @@ class AttentionStack:
         """Lets the queries of a frame meet keys and values (B, W, H_kv, K) at positions start ...: it moves on."""
         self.pairs += 1
         mixer, query = self.mixer(level), places(frame.q, frame.start)
-        for tile in range(0, k.shape[1], TILE):
-            k_tile, v_tile = k[:, tile : tile + TILE], v[:, tile : tile + TILE]
+        size = max(LOGITS // len(query), 32)
+        for tile in range(0, k.shape[1], size):
+            k_tile, v_tile = k[:, tile : tile + size], v[:, tile : tile + size]
             key = places(k_tile, start + tile)
             logits = mixer.scores(frame.q, k_tile, query, key)  # (B, H, C, W), at least float32
             if mixer.window is not None or start + tile + len(key) > frame.start:

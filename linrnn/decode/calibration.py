@@ -1,0 +1,172 @@
+"""What the pieces of a model cost on this machine, in seconds and bytes: measured once, in a second or two."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from linrnn.decode._counts import Counts, count
+from linrnn.decode._memories import BlockRecursion
+from linrnn.decode._stack import AttentionStack
+from linrnn.decode.live import LiveBytes
+from linrnn.layers.base import positive_int
+from linrnn.models.language import LanguageModel
+
+LONG = 0.02  # seconds of one call from which on larger blocks are extrapolated
+TRIAL = 0.02  # seconds of a recursion on a few blocks
+SHORT_CACHE, LONG_CACHE = 32, 1024
+
+
+@dataclass(frozen=True)
+class Units:
+    """Costs of one block: seconds of embedding it, of opening and closing a frame, of projecting keys and values, of
+    letting a frame meet them; and bytes that these need for themselves beside the frame."""
+
+    leaf: float
+    open: float
+    project: float
+    attend: float
+    close: float
+    working: int
+
+    def seconds(self, counts: Counts, projections: int | None = None) -> float:
+        """Adds up what evaluations and pairs cost; keys and values are projected for each pair unless told."""
+        frames = sum(counts.evaluations[1:])
+        pairs = counts.pairs - frames  # a frame opens with the keys of its own block
+        projections = pairs if projections is None else projections
+        numbers = counts.evaluations[0], frames, pairs, projections
+        costs = self.leaf, self.open + self.close, self.attend, self.project
+        return sum(times(number, cost) for number, cost in zip(numbers, costs, strict=True))
+
+    def slower(self, factor: float) -> "Units":
+        """The same work, taking so many times as long."""
+        leaf, open, project = factor * self.leaf, factor * self.open, factor * self.project
+        return Units(leaf, open, project, factor * self.attend, factor * self.close, self.working)
+
+    def scaled(self, rows: float, keys: float) -> "Units":
+        """Extrapolates to blocks with `rows` times as many queries and `keys` times as many keys."""
+        return Units(
+            leaf=self.leaf * rows,
+            open=self.open * rows * rows,  # a frame opens with the keys of its own block
+            project=self.project * keys,
+            attend=self.attend * rows * keys,
+            close=self.close * rows,
+            working=round(self.working * max(rows, keys)),
+        )
+
+
+def times(number: int, seconds: float) -> float:
+    """Multiplies, where the number may be larger than any float."""
+    try:
+        return number * seconds
+    except OverflowError:
+        return math.inf
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Costs of the model's own forward on a few tokens: linear in the tokens that its cache holds."""
+
+    seconds: float
+    seconds_per_token: float
+    working: int
+    working_per_token: float
+
+
+class Calibration:
+    """Measures a model's pieces when they are asked for, and remembers them.
+
+    Args:
+        model: as for `AttentionDecoder`.
+        batch_size: sequences decoded together.
+    """
+
+    def __init__(self, model: LanguageModel, *, batch_size: int = 1):
+        self.stack, self.batch_size = AttentionStack(model), positive_int("batch_size", batch_size)
+        self.device = model.embed.weight.device
+        self.units, self.cached, self.head = cache(self._units), cache(self._cached), cache(self._head)
+
+    @torch.no_grad()
+    def _units(self, rows: int, keys: int) -> Units:
+        """Returns the costs of blocks of `rows` queries and `keys` keys."""
+        small = (max(1, rows // 4), max(1, keys // 4))
+        if max(rows, keys) > 64:
+            below = self.units(*small)
+            if max(below.attend, below.open, below.close) > LONG:
+                return below.scaled(rows / small[0], keys / small[1])
+        stack, level = self.stack, 1
+        ids, earlier = self.ids(rows), self.ids(keys)
+        with LiveBytes() as live:
+            frame = stack.open(level, stack.embed(ids), keys)
+            k, v = stack.keys_values(level, stack.mixed(level, stack.embed(earlier)), 0)
+            stack.attend(level, frame, k, v, 0)
+            stack.normed(stack.close(level, frame))
+        x, u = frame.x, stack.mixed(level, stack.embed(earlier))
+        units = Units(
+            leaf=self.seconds(lambda: stack.embed(ids)),
+            open=self.seconds(lambda: stack.open(level, x, keys)),
+            project=self.seconds(lambda: stack.keys_values(level, stack.mixed(level, u), 0)),
+            attend=self.seconds(lambda: stack.attend(level, frame, k, v, 0)),
+            close=self.seconds(lambda: stack.close(level, frame)),
+            working=live.peak - frame.nbytes + x.numel() * x.element_size(),
+        )
+        if rows == keys:  # pieces among others take longer than over and over
+            jobs = {nb: count(stack, "block", rows, nb * rows, nb * rows) for nb in range(1, 17)}
+            nb = max(nb for nb, job in jobs.items() if nb <= 2 or units.seconds(job) < TRIAL)
+            trial = self.ids(nb * rows)
+            taken = self.seconds(lambda: BlockRecursion(stack, rows).extend(trial, False))
+            units = units.slower(max(1.0, taken / units.seconds(jobs[nb])))
+        stack.reset_counts()
+        return units
+
+    @torch.no_grad()
+    def _cached(self, rows: int) -> Cached:
+        """Returns the costs of the model's forward on `rows` tokens behind a cache."""
+        model, points = self.stack.model, []
+        for tokens in (SHORT_CACHE, LONG_CACHE):
+            state = model.features(self.ids(tokens))[1]
+            ids = self.ids(rows)
+            with LiveBytes() as live:
+                model.features(ids, state)
+            points.append((self.seconds(lambda: model.features(ids, state)), live.peak))  # noqa: B023
+        (near, low), (far, high) = points
+        more = LONG_CACHE - SHORT_CACHE
+        slope, bytes_slope = max(0.0, (far - near) / more), max(0.0, (high - low) / more)
+        return Cached(
+            max(0.0, far - slope * LONG_CACHE), slope, max(low, high) if not bytes_slope else low, bytes_slope
+        )
+
+    @torch.no_grad()
+    def _head(self) -> tuple[float, int]:
+        """Returns seconds and bytes of the logits of one token."""
+        model = self.stack.model
+        h = model.embed(self.ids(1))
+        with LiveBytes() as live:
+            model.head(h)
+        return self.seconds(lambda: model.head(h)), live.peak
+
+    def ids(self, n: int) -> Tensor:
+        """Returns ids (batch_size, n), the same each time and without touching torch's global random numbers."""
+        numbers = torch.arange(self.batch_size * n, device=self.device) * 7919
+        return numbers.remainder(self.stack.model.vocab_size).view(self.batch_size, n)
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Returns the median time of a call, of at least three and some ten milliseconds together."""
+        times: list[float] = []
+        function()
+        while len(times) < 3 or (sum(times) < 0.01 and len(times) < 100):
+            self.synchronize()
+            start = time.perf_counter()
+            function()
+            self.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

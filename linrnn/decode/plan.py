@@ -1,0 +1,293 @@
+"""Which memory to decode with: bytes, block evaluations and seconds of each, predicted before anything is decoded."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from linrnn.decode._counts import Counts, blocks_of, count
+from linrnn.decode._memories import MEMORIES
+from linrnn.decode.attention import BLOCK_SIZE, AttentionDecoder
+from linrnn.decode.calibration import Calibration
+from linrnn.layers.base import positive_int
+from linrnn.models.language import LanguageModel
+
+
+class NoPlan(ValueError):
+    """No memory fits the budget and ends in time; the message has the numbers."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One memory, and what decoding with it comes to.
+
+    state_bytes: caches, or the open frames at their most (what `AttentionDecoder.state_bytes` then says). id_bytes: the
+    token ids, where they are read again. working_bytes: what the evaluation at hand needs at its worst, as measured on
+    this machine for one block. evaluations: blocks at each level, embeddings first, the last layer last. pairs: blocks
+    of keys that meet a block of queries. seconds: estimated for the whole job.
+    """
+
+    memory: str
+    block_size: int
+    state_bytes: int
+    id_bytes: int
+    working_bytes: int
+    evaluations: tuple[int, ...]
+    pairs: int
+    seconds: float
+
+    @property
+    def bytes(self) -> int:
+        """All of them together: what is held against the budget. The model's weights come on top."""
+        return self.state_bytes + self.id_bytes + self.working_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choices for a job, one for each memory, and the fastest of those that fit: `print(plan)` shows a table.
+
+    `blocks` has block recursion at every block size that was looked at: the curve of time against memory.
+    """
+
+    model: LanguageModel
+    length: int
+    new_tokens: int
+    memory_budget: int | None
+    time_limit: float
+    choices: tuple[Choice, ...]
+    blocks: tuple[Choice, ...]
+
+    @property
+    def chosen(self) -> Choice:
+        """The fastest choice within the budget."""
+        return min((choice for choice in self.choices if self.fits(choice)), key=lambda choice: choice.seconds)
+
+    def fits(self, choice: Choice) -> bool:
+        """Whether a choice is within budget and time limit."""
+        return choice.seconds <= self.time_limit and (self.memory_budget is None or choice.bytes <= self.memory_budget)
+
+    def decoder(self) -> AttentionDecoder:
+        """Returns a decoder with the chosen memory."""
+        block_size = None if self.chosen.memory == "constant" else self.chosen.block_size
+        return AttentionDecoder(self.model, memory=self.chosen.memory, block_size=block_size)
+
+    def __str__(self) -> str:
+        budget = "any" if self.memory_budget is None else show_bytes(self.memory_budget)
+        last = "last token" if self.new_tokens == 1 else f"last {self.new_tokens} tokens"
+        head = ("memory", "block", "state", "in all", "evaluations", "time", "")
+        rows: list[tuple[str, ...]] = [head]
+        for choice in self.choices:
+            over = self.memory_budget is not None and choice.bytes > self.memory_budget
+            verdict = "over budget" if over else "too slow" if not self.fits(choice) else ""
+            if not verdict and choice == self.chosen:
+                verdict = "chosen"
+            sizes = show_bytes(choice.state_bytes), show_bytes(choice.bytes)
+            evaluations = show_count(sum(choice.evaluations))
+            rows.append(
+                (choice.memory, str(choice.block_size), *sizes, evaluations, show_seconds(choice.seconds), verdict)
+            )
+        title = (
+            f"logits of the {last} of {self.length}; memory budget: {budget}, "
+            f"time limit: {show_seconds(self.time_limit)}"
+        )
+        return f"{title}\n{aligned(rows)}"
+
+
+def plan(
+    model: LanguageModel,
+    length: int,
+    memory_budget: int | None = None,
+    *,
+    new_tokens: int = 1,
+    batch_size: int = 1,
+    block_size: int | None = None,
+    time_limit: float = 3600.0,
+    calibration: Calibration | None = None,
+) -> Plan:
+    """Predicts what each memory of `AttentionDecoder` costs for a job, and chooses the fastest that fits.
+
+    The job: logits of the last `new_tokens` of `length` tokens. The first length - new_tokens + 1 are read in one call
+    (`extend`), the others one by one (`step`); new_tokens=1 is one call of `decode.attention`. State and evaluations
+    are formulas; seconds are the evaluations times the cost of one, which is measured first (a second or two).
+
+    Args:
+        model: a LanguageModel whose mixers are causal softmax attention, in evaluation mode.
+        length, new_tokens: the job.
+        memory_budget: bytes that caches, frames, ids and temporaries may take, the weights not among them; None: any.
+        batch_size: sequences decoded together.
+        block_size: tokens evaluated together; if None, 256, and for "block" what is fastest within the budget.
+        time_limit: seconds the job may take.
+        calibration: measurements to use again, of the same model and batch size.
+
+    Raises:
+        NoPlan: (a ValueError) no choice is within budget and time limit; the message is the table.
+        ValueError: a length, number of tokens, budget or limit that is none.
+    """
+    positive_int("length", length)
+    if positive_int("new_tokens", new_tokens) > length:
+        raise ValueError(f"new_tokens: expected at most length = {length}, got {new_tokens}")
+    if memory_budget is not None:
+        positive_int("memory_budget", memory_budget)
+    if not time_limit > 0:
+        raise ValueError(f"time_limit: expected seconds > 0, got {time_limit!r}")
+    if block_size is not None:
+        positive_int("block_size", block_size)
+    if calibration is None:
+        calibration = Calibration(model, batch_size=batch_size)
+    elif calibration.stack.model is not model or calibration.batch_size != batch_size:
+        raise ValueError(f"calibration: expected one of this model and batch_size = {batch_size}, got another")
+    job = Job(calibration, length - new_tokens + 1, length)
+    sizes = [4**e for e in range(1, 32) if 4 ** (e - 1) < length] if block_size is None else [block_size]
+    blocks = tuple(job.choice("block", size) for size in sizes)
+
+    def rank(choice: Choice) -> tuple[bool, float]:
+        over = memory_budget is not None and choice.bytes > memory_budget
+        return over, choice.bytes if over else choice.seconds
+
+    choices = []
+    for memory in MEMORIES:
+        if memory == "block":
+            choices.append(min(blocks, key=rank))
+        else:
+            choices.append(job.choice(memory, 1 if memory == "constant" else block_size or BLOCK_SIZE))
+    found = Plan(model, length, new_tokens, memory_budget, time_limit, tuple(choices), blocks)
+    if not any(found.fits(choice) for choice in choices):
+        raise NoPlan(f"memory_budget, time_limit: no choice is within both; {found}")
+    return found
+
+
+class Job:
+    """Reading `first` tokens in one call, then single ones up to `last`."""
+
+    def __init__(self, calibration: Calibration, first: int, last: int):
+        self.calibration, self.stack = calibration, calibration.stack
+        self.first, self.last = first, last
+
+    def choice(self, memory: str, block_size: int) -> Choice:
+        """Returns a memory's formulas and estimates."""
+        state = {"kv": self.kv_bytes, "inputs": self.input_bytes, "layerwise": self.layer_bytes}.get(
+            memory, self.frame_bytes
+        )
+        counts = count(self.stack, memory, block_size, self.first, self.last)
+        seconds, working = self.cached(block_size) if memory == "kv" else self.pieces(memory, block_size, counts)
+        head_seconds, head_bytes = self.calibration.head()
+        ids = 0 if memory in ("kv", "inputs") else 8 * self.last * self.calibration.batch_size
+        return Choice(
+            memory,
+            block_size,
+            state_bytes=state(block_size),
+            id_bytes=ids,
+            working_bytes=max(working, head_bytes),
+            evaluations=counts.evaluations,
+            pairs=counts.pairs,
+            seconds=seconds + (self.last - self.first + 1) * head_seconds,
+        )
+
+    def pieces(self, memory: str, block_size: int, counts: Counts) -> tuple[float, int]:
+        """Estimates seconds and working bytes of a memory made of frames and pairs."""
+        size = min(block_size, self.last)
+        whole = self.calibration.units(size, size)
+        if memory != "inputs":
+            projections = counts.evaluations[0] * self.stack.n_layers if memory == "layerwise" else None
+            return whole.seconds(counts, projections), whole.working
+        # a prefix in blocks, then single queries against pages
+        prefix = count(self.stack, memory, block_size, self.first, self.first)
+        steps = Counts(
+            tuple(a - b for a, b in zip(counts.evaluations, prefix.evaluations, strict=True)),
+            counts.pairs - prefix.pairs,
+        )
+        single = self.calibration.units(1, size)
+        return whole.seconds(prefix) + single.seconds(steps), max(whole.working, single.working)
+
+    def cached(self, block_size: int) -> tuple[float, int]:
+        """Estimates seconds and working bytes of the model's own cache."""
+        size, steps = min(block_size, self.first), self.last - self.first
+        block, single = self.calibration.cached(size), self.calibration.cached(1)
+        nb = blocks_of(self.first, block_size)
+        seconds = sum(block.seconds + block.seconds_per_token * self.seen(b * block_size) for b in range(nb))
+        seconds += steps * (single.seconds + single.seconds_per_token * self.seen((self.first + self.last) // 2))
+        call = max(use.working + use.working_per_token * self.seen(self.last) for use in (block, single))
+        # a growing cache has room for half as much again, and one of its tensors at a time is copied
+        tensors = [self.spec_bytes(spec) for spec in self.specs() if None in spec[0]]
+        return seconds, round(call) + sum(tensors) // 2 + max(tensors, default=0)
+
+    def seen(self, tokens: int) -> int:
+        """Returns how many tokens a cache holds after so many, in the layer that holds the most."""
+        mixers = [self.stack.mixer(level) for level in range(1, self.stack.n_layers + 1)]
+        return max(tokens if m.window is None else min(tokens, m.window + m.sink) for m in mixers)
+
+    def specs(self) -> list[tuple[tuple[int | None, ...], torch.dtype | None]]:
+        """Returns shape and dtype of each tensor in the model's state."""
+        return [
+            spec
+            for level in range(1, self.stack.n_layers + 1)
+            for spec in self.stack.mixer(level).state_spec().values()
+        ]
+
+    def spec_bytes(self, spec: tuple[tuple[int | None, ...], torch.dtype | None]) -> int:
+        """Counts the bytes of a tensor of the state after the last token."""
+        shape, dtype = spec
+        numbers = math.prod(self.last if n is None else n for n in shape)
+        return self.calibration.batch_size * numbers * (dtype or self.stack.model.embed.weight.dtype).itemsize
+
+    def kv_bytes(self, block_size: int) -> int:
+        return sum(self.spec_bytes(spec) for spec in self.specs())
+
+    def input_bytes(self, block_size: int) -> int:
+        return self.stack.n_layers * blocks_of(self.last, block_size) * block_size * self.row_bytes("x")
+
+    def layer_bytes(self, block_size: int) -> int:
+        return self.last * (self.row_bytes("x") + self.row_bytes("kv"))
+
+    def frame_bytes(self, block_size: int) -> int:
+        """Frames of whole blocks, but for the top one, which is as long as its block so far."""
+        nb = blocks_of(self.last, block_size)
+        frames = min(self.stack.n_layers, nb)  # each stands before the one above it
+        ends = [self.last - (nb - 1) * block_size]
+        if self.first <= (nb - 1) * block_size:  # some call has ended with a whole block
+            ends.append((min(frames, nb - 1) - frames + 1) * block_size)
+        return (max(ends) + (frames - 1) * block_size) * self.row_bytes("frame")
+
+    @torch.no_grad()
+    def row_bytes(self, what: str) -> int:
+        """Counts the bytes of one token: of a layer's input "x", of keys and values "kv", of a "frame"."""
+        stack = self.stack
+        x = stack.model.embed(self.calibration.ids(1))
+        if what == "x":
+            return x.numel() * x.element_size()
+        k, v = stack.keys_values(1, stack.mixed(1, x), 0)
+        frame = stack.open(1, x, 0)
+        stack.reset_counts()
+        return frame.nbytes if what == "frame" else (k.numel() + v.numel()) * k.element_size()
+
+
+def show_bytes(n: float) -> str:
+    """12.3 KiB and the like."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
+
+
+def show_count(n: int) -> str:
+    """A whole number, or its size."""
+    return f"{n:,}" if n < 10**9 else f"1e{len(str(n)) - 1}" if n > 10**300 else f"{n:.1e}"
+
+
+def show_seconds(s: float) -> str:
+    """3.2 ms, 4.5 s, 2.1 h, 3e+05 years and the like."""
+    for unit, size in (("years", 365.25 * 86400), ("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+        if s >= size:
+            return f"{s / size:.3g} {unit}"
+    return f"{1e3 * s:.3g} ms"
+
+
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """Lays out a table: the first column to the left, and the last; those between to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    side: list[Callable] = [str.ljust, *[str.rjust] * (len(widths) - 2), str.ljust]
+    return "\n".join(
+        "  ".join(put(cell, width) for put, cell, width in zip(side, row, widths, strict=True)).rstrip() for row in rows
+    )
