@@ -17,15 +17,19 @@ activations, softmax, rotary turns, constant scales, biases, skips (RWKV-7's bon
 what parameters alone are made into once a call, such as eigenvalues.
 """
 
+import functools
 import itertools
+import math
 from collections.abc import Callable
 
 from torch import nn
 
-from linrnn._multiplications import Length, count
+from linrnn._multiplications import count
+from linrnn._recurrences import Length
 from linrnn.layers.base import positive_int
 
 PARTS = ("projections", "recurrence")
+DEGREE = 3  # of a cost in T, at most: Nyström's iteration multiplies matrices of T x T as long as all are landmarks
 
 
 def flops(layer: nn.Module, T: int, *, part: str | None = None) -> int:
@@ -57,8 +61,8 @@ def flops(layer: nn.Module, T: int, *, part: str | None = None) -> int:
 def crossover(layer_a: nn.Module, layer_b: nn.Module, *, part: str | None = None, limit: int = 2**40) -> int | None:
     """Returns the least T at which `layer_a` needs more multiplications than `layer_b`; None if none up to `limit` is.
 
-    Exact: between the lengths at which a window or a chunk is full, the difference of two costs is a polynomial of
-    degree two, and its first positive value is found by bisection on where that grows.
+    Exact: between the lengths at which windows and chunks are full, the difference of two costs is a polynomial, and
+    its first positive value is found by bisection on where it rises.
 
     Args:
         layer_a, layer_b: as in `flops`.
@@ -66,7 +70,8 @@ def crossover(layer_a: nn.Module, layer_b: nn.Module, *, part: str | None = None
         limit: the largest T that is considered.
 
     Raises:
-        TypeError, ValueError: as `flops`; and where a module's own `multiplications` is no polynomial of degree two.
+        TypeError, ValueError: as `flops`; and ValueError where a module's own `multiplications` is no polynomial in T,
+            of degree 3 at most.
     """
     positive_int("limit", limit)
     kinks: set[int] = set()
@@ -87,22 +92,53 @@ def crossover(layer_a: nn.Module, layer_b: nn.Module, *, part: str | None = None
 
 
 def first_positive(f: Callable[[int], int], start: int, end: int) -> int | None:
-    """Returns the first T of start, ..., end with f(T) > 0, or None; f is a polynomial of degree two, f(start) <= 0."""
-    if end - start < 4:
+    """Returns the first T of start, ..., end with f(T) > 0, or None; f(start) <= 0, f a polynomial (see `DEGREE`)."""
+    f = functools.cache(f)
+    if end - start <= DEGREE:
         return next((T for T in range(start, end + 1) if f(T) > 0), None)
-    f0, slope, bend = f(start), f(start + 1) - f(start), f(start + 2) - 2 * f(start + 1) + f(start)
-    for T in (start + 3, (start + end) // 2, end):
-        k = T - start
-        if f(T) != f0 + k * slope + k * (k - 1) // 2 * bend:
+    check_polynomial(f, start, end)
+    for a, b in itertools.pairwise(turns(f, start, end, DEGREE)):
+        if f(b) > 0:
+            return first(lambda T: f(T) > 0, a, b)
+    return None
+
+
+def check_polynomial(f: Callable[[int], int], start: int, end: int) -> None:
+    """Raises ValueError unless values elsewhere in start, ..., end are those that the first few extend to."""
+    differences = [f(start + i) for i in range(DEGREE + 1)]
+    for i in range(1, DEGREE + 1):
+        differences[i:] = [b - a for a, b in itertools.pairwise(differences[i - 1 :])]
+    for T in (start + DEGREE + 1, (start + end) // 2, end):
+        if f(T) != sum(math.comb(T - start, i) * difference for i, difference in enumerate(differences)):
             raise ValueError(
-                f"multiplications: expected a polynomial of degree two from T = {start} to {end}, got others"
+                f"multiplications: expected a polynomial of degree {DEGREE} or less from T = {start} to {end}"
             )
-    # from f(start) <= 0 on, f changes its sign once at most where it bends upwards, or before its largest value
-    top = end if bend >= 0 else min(end, start + max(0, -(slope // bend)))
-    if f(top) <= 0:
-        return None
-    low = start  # f(low) <= 0 < f(top)
-    while top - low > 1:
-        middle = (low + top) // 2
-        low, top = (low, middle) if f(middle) > 0 else (middle, top)
-    return top
+
+
+def turns(f: Callable[[int], int], start: int, end: int, degree: int) -> list[int]:
+    """Returns start, where a polynomial f turns from rising to falling or back, and end."""
+    if degree <= 1 or end - start <= 1:
+        return [start, end]
+
+    def slope(T: int) -> int:
+        return f(T + 1) - f(T)
+
+    def rises(T: int) -> bool:
+        return slope(T) > 0
+
+    def falls(T: int) -> bool:
+        return slope(T) <= 0
+
+    found = [start]
+    for a, b in itertools.pairwise(turns(slope, start, end - 1, degree - 1)):  # the slope rises, or falls, from a to b
+        if rises(a) != rises(b):
+            found.append(first(rises if rises(b) else falls, a, b))
+    return [*found, end]
+
+
+def first(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """Returns the first T of low + 1, ..., high where `holds`: not at low, at high, and from the first on at all."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high

@@ -1,7 +1,9 @@
 """linrnn.flops and linrnn.crossover: thresholds, torch's counter of matrix products, models, errors."""
 
 import itertools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import linrnn
 from linrnn import layers
+from linrnn.layers.ema import DampedEMA
+from linrnn.layers.flash import FLASH
+from linrnn.layers.gau import GAU
 from linrnn.layers.hgrn import HGRN
 from linrnn.layers.positions import ReRoPE
+from linrnn.layers.short_conv import ShortConv
 from linrnn.models import LanguageModel, SequenceBackbone, SequenceClassifier
 
+ROOT = Path(__file__).parent.parent
 D, T = 16, 5
 
 
@@ -82,7 +89,15 @@ def test_attention_is_what_torch_counts(name, n):
     assert linrnn.flops(layer, n) == counted_by_torch(lambda: layer(torch.randn(1, n, 64)))
 
 
-@pytest.mark.parametrize("name", [n for n in layers.available() if n not in ("attention", "aaren")])
+@pytest.mark.parametrize("layer", [GAU, FLASH])
+@pytest.mark.parametrize("n", [2, 63, 256])
+def test_gated_attention_is_what_torch_counts(layer, n):
+    """Up to the length of a chunk and a block, where nothing is padded; torch does not count products of one token."""
+    layer = layer(32, bidirectional=True)
+    assert linrnn.flops(layer, n) == counted_by_torch(lambda: layer(torch.randn(1, n, 32)))
+
+
+@pytest.mark.parametrize("name", [n for n in layers.available() if n != "aaren"])
 def test_projections_are_what_torch_counts(name):
     """Within modules and without: whatever matrix products and convolutions there are with a parameter as a factor."""
     layer, n = layers.build(name, D), 7
@@ -120,6 +135,47 @@ def test_windows():
         layer = layers.build("attention", 64, window=10, **options)
         assert linrnn.flops(layer, most) == linrnn.flops(sees_all, most)
         assert linrnn.flops(layer, 1000) == 4 * 1000 * 64**2 + 2 * 1000 * most * 64
+
+
+def test_flash_is_linear_behind_its_chunk():
+    layer = FLASH(32, chunk_size=16)
+    K, V = layer.d_key, layer.d_value
+    assert linrnn.flops(layer, 1000, part="recurrence") == 1000 * (16 * (K + V) + 2 * K * V)
+    assert linrnn.crossover(GAU(32), layer, part="recurrence") == 16 + 2 * K * V // (K + V) + 1
+
+
+def symbols(layer: layers.RecurrentLayer, T: int) -> dict[str, int]:
+    """The letters of the table in docs/layers.md."""
+    d_head = getattr(layer, "d_head", None)
+    named = {
+        "D": layer.d_model,
+        "N": getattr(layer, "d_state", None),
+        "H": getattr(layer, "n_heads", None),
+        "K": getattr(layer, "d_key", d_head),
+        "V": getattr(layer, "d_value", d_head),
+        "F": getattr(layer, "n_features", None),
+        "E": getattr(layer, "d_inner", None),
+        "L": getattr(layer, "lru_width", getattr(layer, "chunk_size", None)),
+        "T": T,
+    }
+    if isinstance(layer, layers.Mamba2):
+        named |= {"K": layer.d_state, "V": layer.d_inner // layer.n_heads}
+    for module in layer.modules():
+        if isinstance(module, ShortConv):
+            named |= {"W": module.width, "C": module.channels}
+        if isinstance(module, DampedEMA):
+            named["N"] = module.d_state
+    return {letter: n for letter, n in named.items() if n is not None}
+
+
+@pytest.mark.parametrize("name", layers.available())
+def test_the_formulas_of_the_docs(name):
+    """The column "multiplications of a token", evaluated at the table's d_model = 512."""
+    (row,) = re.findall(rf"^\| `{name}` \|.*$", (ROOT / "docs" / "layers.md").read_text(), re.M)
+    formula = row.split("|")[6].strip()
+    product = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula)
+    layer, T = layers.build(name, 512), 1000
+    assert linrnn.flops(layer, T, part="recurrence") == T * eval(product, symbols(layer, T)), formula
 
 
 # models
@@ -186,12 +242,13 @@ class Polynomial(nn.Module):
     [
         *((0,), (1,), (-5, 2), (-6, 2), (5, -1), (-1, 1), (0, -1)),
         *((-91, 20, -1), (-92, 20, -1), (-99, 20, -1), (-100, 20, -1), (-101, 20, -1)),
+        *((-60, 47, -12, 1), (-61, 47, -12, 1), (-63, 47, -12, 1), (-9000, 3000, -100, 1), (100, -300, 60, -1)),
         *((-10000, 0, 1), (-10000, 1, 1), (-9999, -200, 3), (0, -50, 1), (-(10**12), 0, 1)),
     ],
 )
 def test_crossover_of_polynomials(coefficients):
     a, nothing = Polynomial(*coefficients), Polynomial(0)
-    for limit in (1, 2, 3, 4, 5, 6, 100, 1000):
+    for limit in (1, 2, 3, 4, 5, 6, 7, 10, 100, 1000):
         first = next((T for T in range(1, limit + 1) if linrnn.flops(a, T) > 0), None)
         assert linrnn.crossover(a, nothing, limit=limit) == first
     if coefficients == (-(10**12), 0, 1):
@@ -225,7 +282,7 @@ def test_errors():
         lambda: linrnn.flops(layer, 1, part="scan"): "part: expected 'projections', 'recurrence' or None, got 'scan'",
         lambda: linrnn.crossover(layer, layer, part="scan"): "part: expected",
         lambda: linrnn.crossover(layer, layer, limit=0): "limit: expected an integer >= 1, got 0",
-        lambda: linrnn.crossover(Polynomial(-100, 0, 0, 1), layer): "polynomial of degree two from T = 1 to",
+        lambda: linrnn.crossover(Polynomial(-100, 0, 0, 0, 1), layer): "polynomial of degree 3 or less from T = 1 to",
     }.items():
         with pytest.raises(ValueError, match=message):
             call()

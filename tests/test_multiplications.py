@@ -244,6 +244,18 @@ def wkv(layer) -> Naive:
     return np.stack(os), o[0].real
 
 
+def aaren(layer) -> Naive:
+    H, V = layer.n_heads, layer.d_head
+    l, v = normal(T, H), normal(T, H, V)
+    m, z, y, os = numbers(torch.full((H,), -100.0)), numbers(torch.zeros(H)), numbers(torch.zeros(H, V)), []
+    for l_t, v_t in zip(numbers(l), numbers(v), strict=True):
+        larger = top(m, l_t)
+        before, now, m = exp(m - larger), exp(l_t - larger), larger
+        z, y = before * z + now, before[:, None] * y + now[:, None] * v_t
+        os.append(quotient(y, z[:, None]))
+    return np.stack(os), ops.softmax_scan(l[None], v[None])[0][0]
+
+
 def ema(layer) -> Naive:
     return state_spaces(*(p.detach() for p in layer.ema.coefficients()))
 
@@ -272,6 +284,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[Any], Naive]]] = {
     "mamba2": ("mamba2", {"d_state": 3, "expand": 1, "d_head": 8}, mamba2),
     "deltanet": ("deltanet", {"n_heads": 2, "d_key": 3, "d_value": 4}, delta),
     "gated_deltanet": ("gated_deltanet", {"n_heads": 2, "d_key": 3, "d_value": 4}, delta),
+    "aaren": ("aaren", {"n_heads": 2}, aaren),
     "rwkv7": ("rwkv7", {"n_heads": 4}, rwkv7),
     "rwkv4": ("rwkv4", {"d_state": 3}, wkv),
     "token_mix": ("token_mix", {"d_state": 3}, wkv),
