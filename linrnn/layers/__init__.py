@@ -20,6 +20,7 @@ from linrnn.layers.lru import LRU, LRUState
 from linrnn.layers.mamba import Mamba, MambaState
 from linrnn.layers.mamba2 import Mamba2, Mamba2State
 from linrnn.layers.mega import Mega, MegaState
+from linrnn.layers.nystrom import Nystrom
 from linrnn.layers.performer import Performer
 from linrnn.layers.retnet import RetNet, RetNetState
 from linrnn.layers.rglru import RGLRU, RGLRUState
@@ -46,6 +47,7 @@ LAYERS: dict[str, type[RecurrentLayer]] = {
     "mamba": Mamba,
     "mamba2": Mamba2,
     "mega": Mega,
+    "nystrom": Nystrom,
     "performer": Performer,
     "retnet": RetNet,
     "rglru": RGLRU,
@@ -123,6 +125,7 @@ __all__ = [
     "MambaState",
     "Mega",
     "MegaState",
+    "Nystrom",
     "Performer",
     "RGLRUState",
     "RWKV4State",

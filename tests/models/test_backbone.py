@@ -13,11 +13,11 @@ from linrnn.models import SequenceBackbone
 from linrnn.models.backbone import GatedFFN
 
 D = 16
-MIXERS: list[Any] = [*layers.available(), ["lru", "attention"]]
+MIXERS: list[Any] = [*(name for name in layers.available() if layers.build(name, D).causal), ["lru", "attention"]]
 # (mixer, bidirectional), for those that look both ways only where they can
 WAYS = [
     (mixer, bidirectional)
-    for mixer in MIXERS
+    for mixer in [*layers.available(), ["lru", "attention"]]
     for bidirectional in (False, True)
     if not bidirectional or not isinstance(mixer, str) or "bidirectional" in layers.options(mixer)
 ]
