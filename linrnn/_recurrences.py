@@ -25,6 +25,7 @@ from linrnn.layers.feature_maps import FEATURE_MAPS
 from linrnn.layers.flash import FLASH
 from linrnn.layers.gau import GAU
 from linrnn.layers.linear_attention import KernelAttention
+from linrnn.layers.nystrom import Nystrom
 from linrnn.layers.positions import ReRoPE
 from linrnn.layers.ring import RingRNN
 from linrnn.layers.wkv_mix import WKVMix
@@ -192,6 +193,14 @@ def _(layer: GAU, T: Length) -> int:
 def _(layer: FLASH, T: Length) -> int:
     K, V = layer.d_key, layer.d_value
     return T * (T.most(layer.chunk_size) * (K + V) + 2 * K * V)  # within the chunk; k' v, q' S
+
+
+@recurrence.register
+def _(layer: Nystrom, T: Length) -> int:
+    D, M = layer.d_model, T.most(layer.n_landmarks)
+    inverse = 4 * layer.n_iterations * layer.n_heads * M**3
+    filters = 0 if layer.conv is None else T * D * layer.conv.shape[1]
+    return 4 * T * M * D + 2 * M**2 * D + inverse + filters  # F and B with what they read; A, Z (B V)
 
 
 def ways(layer: RecurrentLayer) -> int:

@@ -19,6 +19,7 @@ from linrnn.layers.ema import DampedEMA
 from linrnn.layers.flash import FLASH
 from linrnn.layers.gau import GAU
 from linrnn.layers.hgrn import HGRN
+from linrnn.layers.nystrom import Nystrom
 from linrnn.layers.positions import ReRoPE
 from linrnn.layers.short_conv import ShortConv
 from linrnn.models import LanguageModel, SequenceBackbone, SequenceClassifier
@@ -137,6 +138,18 @@ def test_windows():
         assert linrnn.flops(layer, 1000) == 4 * 1000 * 64**2 + 2 * 1000 * most * 64
 
 
+@pytest.mark.parametrize("n", [7, 63, 100])
+def test_nystrom_is_what_torch_counts(n):
+    """But for the means, which are products of matrices there: the landmarks' of q and k, with all tokens."""
+    layer = Nystrom(64, n_landmarks=16, n_iterations=3, conv_width=None)
+    means = 2 * 64 * min(n, 16) * n
+    assert linrnn.flops(layer, n) == counted_by_torch(lambda: layer(torch.randn(1, n, 64))) - means
+    assert (
+        linrnn.flops(Nystrom(64, n_landmarks=16, n_iterations=3, conv_width=5), n)
+        == linrnn.flops(layer, n) + n * 64 * 5
+    )
+
+
 def test_flash_is_linear_behind_its_chunk():
     layer = FLASH(32, chunk_size=16)
     K, V = layer.d_key, layer.d_value
@@ -156,10 +169,13 @@ def symbols(layer: layers.RecurrentLayer, T: int) -> dict[str, int]:
         "F": getattr(layer, "n_features", None),
         "E": getattr(layer, "d_inner", None),
         "L": getattr(layer, "lru_width", getattr(layer, "chunk_size", None)),
+        "M": getattr(layer, "n_landmarks", None),
         "T": T,
     }
     if isinstance(layer, layers.Mamba2):
         named |= {"K": layer.d_state, "V": layer.d_inner // layer.n_heads}
+    if isinstance(layer, Nystrom) and layer.conv is not None:
+        named["W"] = layer.conv.shape[1]
     for module in layer.modules():
         if isinstance(module, ShortConv):
             named |= {"W": module.width, "C": module.channels}
@@ -172,10 +188,15 @@ def symbols(layer: layers.RecurrentLayer, T: int) -> dict[str, int]:
 def test_the_formulas_of_the_docs(name):
     """The column "multiplications of a token", evaluated at the table's d_model = 512."""
     (row,) = re.findall(rf"^\| `{name}` \|.*$", (ROOT / "docs" / "layers.md").read_text(), re.M)
-    formula = row.split("|")[6].strip()
-    product = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula)
+    formula = row.split("|")[6].split(",")[0].strip()
+    product = re.sub(r"(?<=[\w)²]) (?=[\w(])", " * ", formula).replace("²", "**2")
     layer, T = layers.build(name, 512), 1000
-    assert linrnn.flops(layer, T, part="recurrence") == T * eval(product, symbols(layer, T)), formula
+    assert linrnn.flops(layer, T, part="recurrence") == pytest.approx(T * eval(product, symbols(layer, T)), rel=1e-12)
+
+
+def test_the_example_of_the_docs():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "flops.md").read_text(), re.S)
+    exec(compile(block, "flops.md", "exec"), {})
 
 
 # models
@@ -216,6 +237,9 @@ def test_classifiers_are_what_torch_counts(options):
         (("attention", {}), ("mega", {"chunk_size": None, "d_key": 64, "d_value": 128})),
         (("attention", {"window": 30}), ("mega", {"chunk_size": 60, "d_key": 16, "d_value": 16})),
         (("s4d", {}), ("attention", {})),
+        (("attention", {}), ("nystrom", {"n_landmarks": 20})),
+        (("nystrom", {"n_landmarks": 300}), ("attention", {})),
+        (("lru", {}), ("nystrom", {"n_landmarks": 300})),
     ],
 )
 def test_crossover_is_the_first_of_all_lengths(a, b):
