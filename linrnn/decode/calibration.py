@@ -19,7 +19,7 @@ from linrnn.models.language import LanguageModel
 
 LONG = 0.02  # seconds of one call from which on larger blocks are extrapolated
 TRIAL = 0.02  # seconds of a recursion on a few blocks
-SHORT_CACHE, LONG_CACHE = 32, 1024
+SHORT_CACHE, LONG_CACHE = 32, 512
 
 
 @dataclass(frozen=True)

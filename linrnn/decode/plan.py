@@ -208,9 +208,10 @@ class Job:
         seconds = sum(block.seconds + block.seconds_per_token * self.seen(b * block_size) for b in range(nb))
         seconds += steps * (single.seconds + single.seconds_per_token * self.seen((self.first + self.last) // 2))
         call = max(use.working + use.working_per_token * self.seen(self.last) for use in (block, single))
-        # a growing cache has room for half as much again, and one of its tensors at a time is copied
-        tensors = [self.spec_bytes(spec) for spec in self.specs() if None in spec[0]]
-        return seconds, round(call) + sum(tensors) // 2 + max(tensors, default=0)
+        # the buffers of a cache have room for half as much again (`layers.append`), and one at a time is copied
+        tensors = [(self.spec_bytes(spec), spec[0]) for spec in self.specs() if len(spec[0]) > 1]
+        room = sum(n // 2 + 8 * n // max(shape[0] or self.last, 1) for n, shape in tensors)
+        return seconds, round(call) + room + max(n for n, _ in tensors)
 
     def seen(self, tokens: int) -> int:
         """Returns how many tokens a cache holds after so many, in the layer that holds the most."""
