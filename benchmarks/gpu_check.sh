@@ -128,6 +128,8 @@ if "$python" -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 
     "$python" benchmarks/linear_attention.py --device cuda --lengths 512 4096 16384 --seconds 0.2 --no-write
   step ssm 70 "$goals|^## |^\| |tokens per second" \
     "$python" benchmarks/ssm.py --device cuda --groups mamba scan training --seconds 0.2 --no-write
+  step selective_scan 60 '^\| |^- |wrong|Error' \
+    "$python" benchmarks/selective_scan_gpu.py --seconds 40 --out "$work"
   step sanitizer 90 '^--|SUMMARY|^=+ (Invalid|Error|Race)|calls|not on' bash -c sanitize
   third=$(($(left) / 3))
   [ "$third" -gt 20 ] && step sweep $((third + 30)) '^\|' \
@@ -142,6 +144,7 @@ else
   step scan 90 "wrote|Error" "$python" benchmarks/scan_gpu.py --device cpu --dry-run --out "$work"
   step sweep 60 "wrote|Error" "$python" benchmarks/scan_gpu.py --device cpu --dry-run --sweep --out "$work"
   step layer 60 "wrote|Error" "$python" benchmarks/layer_gpu.py --device cpu --dry-run --out "$work"
+  step selective_scan 60 "wrote|Error" "$python" benchmarks/selective_scan_gpu.py --device cpu --dry-run --out "$work"
   step ssm 120 "^## |Error" "$python" benchmarks/ssm.py --groups scan --size 1 32 16 --seconds 0.01 --no-write
 fi
 

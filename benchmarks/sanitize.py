@@ -8,6 +8,7 @@ Without torch's cache every tensor is an allocation of its own, so that reading 
 
 import torch
 
+from linrnn.kernels.cuda import selective_plan, selective_scan
 from linrnn.kernels.cuda.diagonal_scan import backward, forward
 from linrnn.kernels.cuda.diagonal_step import step
 from linrnn.kernels.cuda.plan import Plan
@@ -24,6 +25,28 @@ PAIRS = (
     (torch.complex64, torch.complex64),
     (torch.float32, torch.bfloat16),
 )
+
+
+SELECTIVE_PLANS = (None, selective_plan.Plan(64, 8), selective_plan.Plan(32, 8, 24))
+
+
+def selective(generator: torch.Generator) -> int:
+    """selective_scan, 5 states a channel; returns the number of calls."""
+    calls = 0
+    for number, plan in enumerate(SELECTIVE_PLANS):
+        B, T, D, N = 2, 70, 18 + number % 2, 5
+        x, dt, g = (torch.rand(B, T, D, device="cuda", generator=generator) for _ in range(3))
+        A, state = -torch.rand(D, N, device="cuda", generator=generator), torch.randn(B, D, N, device="cuda")
+        Bs, Cs = (torch.randn(B, T, 1, N, device="cuda", generator=generator) for _ in range(2))
+        flags = torch.randint(0, 4, (B, T), dtype=torch.uint8, device="cuda", generator=generator)
+        for dtype in (torch.float32, torch.bfloat16):
+            for given in (None, flags):
+                args = (x.to(dtype), dt, A, Bs, Cs)
+                y, last, kept = selective_scan.forward(*args, state, given, 8, True, plan=plan)
+                grads = selective_scan.backward(*args, given, kept, g, last, 8, plan=plan)
+                assert all(v.isfinite().all() for v in (y, last, kept, *grads))
+                calls += 2
+    return calls
 
 
 def main() -> None:
@@ -45,6 +68,7 @@ def main() -> None:
         index = torch.tensor([5, -1], device="cuda")
         step(a[0, 0] if a.ndim == 3 else a, x[:, 0], pool, index, pool)
         calls += 1
+    calls += selective(generator)
     torch.cuda.synchronize()
     print(f"{calls} calls, all results finite")
 

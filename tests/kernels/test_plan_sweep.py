@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from linrnn.kernels.cuda import selective_scan
+from linrnn.kernels.cuda.selective_plan import Plan
+
 
 @pytest.fixture
 def sweep(monkeypatch, host_cuda):
@@ -51,6 +54,23 @@ def test_it_climbs_to_the_fastest_and_leaves_out_what_fails_or_differs(sweep, mo
     assert "rows=32" in printed and "does not run: does not fit" in printed and "gives other results" in printed
 
 
+def test_every_plan_of_the_selective_scan_that_it_tries_is_right(monkeypatch, host_cuda):
+    """benchmarks/selective_scan_gpu.py, with the kernels' launcher on the CPU."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    bench = __import__("selective_scan_gpu")
+    monkeypatch.setattr(bench._selective_scan, "_launcher", lambda _: selective_scan)
+    T, host_cuda.device = 70, host_cuda.device._replace(shared_bytes_per_block=227 << 10)
+    inputs = bench.make((1, T, 10, 16), torch.float32, torch.device("cpu"))
+    for name, call in bench.passes(inputs, type("OnTheGpu", (), {"type": "cuda"})).items():
+        rule = Plan(64, 16 if name == "backward" else 32)
+        wanted = call(rule)
+        plans = set(bench.neighbours(rule, T, name == "backward"))
+        assert {plan.threads for plan in plans} == {32, 64, 128} and len({plan.chunk for plan in plans}) > 2
+        for plan in plans:
+            for got, expected in zip(call(plan), wanted, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_the_program_for_compute_sanitizer(host_cuda, capsys):
     """benchmarks/sanitize.py, its tensors on the CPU."""
@@ -58,4 +78,4 @@ def test_the_program_for_compute_sanitizer(host_cuda, capsys):
     names = {"__name__": "sanitize"}
     exec(source.replace('"cuda"', '"cpu"').replace("torch.cuda.synchronize()", ""), names)
     names["main"]()
-    assert "63 calls, all results finite" in capsys.readouterr().out
+    assert "87 calls, all results finite" in capsys.readouterr().out
