@@ -155,7 +155,8 @@ class FLASH(GatedUnit):
 
         def around(t: Tensor) -> Tensor:
             """The columns (B, S + T, ·) that the G blocks see, (B, G, W, ·)."""
-            t = F.pad(t, (0, 0, past + T - t.shape[1], -T % L + future))
+            before, behind = past + T - t.shape[1], -T % L + future
+            t = F.pad(t, (0, 0, before, behind)) if before or behind else t
             return windows(t, past, L, future)
 
         after = torch.zeros_like(own) if chunk.after is None else blocks(chunk.after, L)[..., None]
@@ -172,42 +173,43 @@ class FLASH(GatedUnit):
         A query reads what is before its block, or with shift = 1 before the one before that: `near` has the rest.
         """
         T, C, L = q.shape[1], self.chunk_size, min(q.shape[1], self.chunk_size)
-        q, k, values = (blocks(t, L) for t in (q, k, v))  # (B, G, L, ·)
         end = T if packed.lengths is None else packed.lengths[:, None]
-        length = seen.next % C
-        writes = blocks(torch.arange(T, device=v.device) < end - length[:, None], L)  # (B, G, L): not the open chunk
-        total = None
+        column, length = torch.arange(T, device=v.device), seen.next % C
+        writes = blocks(column < end - length[:, None], L)  # (B, G, L): tokens of whole chunks
+        document = last = total = None
         if packed.reset is not None:
             document = blocks(packed.reset, L).flatten(1).cumsum(1).view(writes.shape)
-            last = F.pad(document[..., -1], (1 + shift, 0))  # of the blocks, (B, 1 + shift + G)
-            G = document.shape[1]
-            q = q * (document == last[:, :G, None])[..., None]
-            total = (last[:, shift : shift + G] == last[:, -G:]).to(v.dtype).mT[..., None, None]  # (G, B, 1, 1)
-            writes = writes & (document == last[:, -G:, None])
-        update = (k * writes[..., None]).mT @ values  # (B, G, s, e)
+            last = document[..., -1:]  # of each block, (B, G, 1)
+            writes = writes & (document == last)
+        if T == L:
+            opened = (column >= end - length[:, None]) & (column < end)
+            k = k[:, :, None] * torch.stack((writes[:, 0], opened), -1)[..., None]  # (B, T, 2, s)
+            return torch.zeros_like(v), (k.flatten(2).mT @ v).unflatten(1, (2, -1))
+        q, k_blocks, values = (blocks(t, L) for t in (q, k, v))  # (B, G, L, ·)
+        if document is not None and last is not None:
+            before = F.pad(last, (0, 0, 1 + shift, 0))[:, : -1 - shift]  # where the sums that a block reads end
+            q = q * (document == before)[..., None]
+            total = (last == F.pad(last, (0, 0, 1, 0))[:, :-1]).to(v.dtype).movedim(1, 0)[..., None]  # (G, B, 1, 1)
+        update = (k_blocks * writes[..., None]).mT @ values  # (B, G, s, e)
         sums, closed = carry(total, update.movedim(1, 0)[:, :, None], None)
-        o = torch.zeros_like(v)
-        if sums is not None and len(sums) > 1 + shift:
-            read = q[:, 1 + shift :] @ sums[1 : len(sums) - shift, :, 0].movedim(0, 1)
-            o = F.pad(read.flatten(1, 2), (0, 0, (1 + shift) * L, 0))[:, :T]
-        behind, n = None if packed.lengths is None else T - packed.lengths, min(T, C - 1)
+        assert sums is not None
+        read = q[:, 1 + shift :] @ sums[1 : len(sums) - shift, :, 0].movedim(0, 1)  # (B, G - 1 - shift, L, e)
+        o = F.pad(read.flatten(1, 2), (0, 0, (1 + shift) * L, 0))[:, :T]
+        behind = None if packed.lengths is None else T - packed.lengths
         length = length.clamp(max=T) if packed.lengths is None else length.minimum(packed.lengths)
-        k, v = (latest(t, behind, n, length) for t in (k.flatten(1, 2)[:, :T], v))
+        k, v = (latest(t, behind, C - 1, length) for t in (k, v))
         return o, torch.cat((closed, (k.mT @ v)[:, None]), 1)
 
     def past(self, q: Tensor, state: FLASHState, seen: Sight, packed: Packed) -> tuple[Tensor, Tensor]:
         """Maps q' (B, T, s) to what o_lin (B, T, e) reads of the state, and what stays of it, S (B, 2, s, e)."""
         C, chunks = self.chunk_size, state.chunks.round()[:, None]
-        reads = torch.stack(
-            (torch.ones_like(q[..., 0]), seen.before // C > chunks), -1
-        )  # (B, T, 2): S_2 when it is whole
-        full = (seen.next[:, None] // C > chunks).to(q.dtype)[..., None]  # (B, 1, 1)
-        whole, partial = state.S.unbind(1)
-        stays = torch.stack((whole + full * partial, partial - full * partial), 1)
+        q = q[:, :, None] * torch.stack((torch.ones_like(q[..., 0]), seen.before // C > chunks), -1)[..., None]
+        full = (seen.next[:, None] // C > chunks).to(q.dtype)  # (B, 1): then the second sum joins the first
+        keeps = torch.cat((torch.ones_like(full), full, torch.zeros_like(full), 1 - full), 1).view(-1, 2, 2)
         if packed.reset is not None:
-            first = (packed.reset.cumsum(1) == 0)[..., None]  # (B, T, 1): tokens of the carried document
-            reads, stays = reads * first, stays * first[:, -1, :, None, None]
-        return (q[:, :, None] * reads[..., None]).flatten(2) @ state.S.flatten(1, 2), stays
+            first = packed.reset.cumsum(1) == 0  # (B, T): tokens of the carried document
+            q, keeps = q * first[..., None, None], keeps * first[:, -1, None, None]
+        return q.flatten(2) @ state.S.flatten(1, 2), (keeps @ state.S.flatten(2)).view_as(state.S)
 
     def unchanged(self, state: State, batch_size: int) -> FLASHState:
         """Returns the state after no tokens: `state`, without a gradient for what it does not hold."""

@@ -89,8 +89,7 @@ def latest(k: Tensor, behind: Tensor | None, n: int, count: Tensor) -> Tensor:
     """Returns the last n columns of k (B, S, K) before `behind` (B,) padded ones: zeros but for the last count (B,)."""
     if behind is None:
         missing = max(n - k.shape[1], 0)
-        k = F.pad(k, (0, 0, missing, 0))
-        k = k[:, k.shape[1] - n :]
+        k = F.pad(k, (0, 0, missing, 0)) if missing else k[:, k.shape[1] - n :]
     else:
         column = torch.arange(k.shape[1] - n, k.shape[1], device=k.device) - behind[:, None]  # (B, n)
         k = k.gather(1, column.clamp(min=0)[..., None].expand(-1, -1, k.shape[-1]))
