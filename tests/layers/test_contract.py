@@ -362,10 +362,8 @@ def assert_compiled_same(layer: RecurrentLayer, backend: str, **kwargs: Any) -> 
 
 
 @each_way
-@pytest.mark.parametrize("arguments", [set(), {"mask"}, {"reset"}, {"state"}, {"mask", "reset", "state"}])
+@pytest.mark.parametrize("arguments", [set(), {"mask"}, {"mask", "reset", "state"}])
 def test_traces_without_breaks(name: str, bidirectional: bool, arguments: set[str]) -> None:
-    if bidirectional and "state" in arguments:
-        pytest.skip("carries no state")
     layer = make_way(name, bidirectional).float()
     flags = torch.arange(6) < torch.tensor([[6], [4]])
     kwargs = {"mask": flags, "reset": flags, "state": None if bidirectional else some_state(layer, 2)}
@@ -377,7 +375,7 @@ def test_traces_without_breaks(name: str, bidirectional: bool, arguments: set[st
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning")
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # its own lowerings
 @pytest.mark.slow
-@each_way
+@pytest.mark.parametrize(("name", "bidirectional"), [(name, name not in CAUSAL) for name in NAMES])
 def test_inductor(name: str, bidirectional: bool) -> None:
     layer = make_way(name, bidirectional).float()
     assert_compiled_same(layer, "inductor", mask=torch.arange(6) < torch.tensor([[6], [4]]))
