@@ -43,7 +43,8 @@ class Attention(RecurrentLayer):
         qk_bias: adds a bias to queries and keys, before R_t (kexue.fm 9577).
         window: a token sees those at distances below it, on both sides if bidirectional.
         sink: how many first tokens of a document are seen beside the window (arXiv:2309.17453).
-        half_causal: half of the heads sees tokens up to t, the others those from t on; cannot step (kexue.fm 9529).
+        half_causal: of a bidirectional layer, half of the heads see tokens up to t, the others those from t on
+            (kexue.fm 9529).
         causal: token t sees tokens up to t.
         bidirectional: every token sees its whole document; such a layer cannot step. The same as causal=False.
         dropout: probability of dropping an attention weight in training.
@@ -71,7 +72,7 @@ class Attention(RecurrentLayer):
         bidirectional: bool = False,
         dropout: float = 0.0,
     ):
-        super().__init__(d_model, causal=causal and not bidirectional and not half_causal)
+        super().__init__(d_model, causal=causal and not bidirectional)
         self.n_heads = default_heads(d_model) if n_heads is None else positive_int("n_heads", n_heads)
         if d_model % self.n_heads:
             raise ValueError(f"n_heads: expected a divisor of d_model = {d_model}, got {n_heads}")
@@ -93,7 +94,7 @@ class Attention(RecurrentLayer):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a number in [0, 1), got {dropout}")
         self.sink, self.half_causal, self.dropout = sink, half_causal, dropout
-        self.check_together(causal, bidirectional)
+        self.check_together()
         self.qkv = nn.Linear(d_model, (self.n_heads + 2 * self.n_kv_heads) * self.d_head, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
         self.qk_bias = nn.Parameter(torch.empty(self.n_heads + self.n_kv_heads, self.d_head)) if qk_bias else None
@@ -101,18 +102,16 @@ class Attention(RecurrentLayer):
         self.k_norm = HeadNorm(self.d_head) if qk_norm == "qk" else None
         self.reset_parameters()
 
-    def check_together(self, causal: bool, bidirectional: bool) -> None:
+    def check_together(self) -> None:
         """Raises ValueError for two options that exclude each other."""
-        ahead = "half_causal" if self.half_causal else "bidirectional" if bidirectional or not causal else None
-        rerope = isinstance(self.positions, ReRoPE)
+        ahead, rerope = not self.causal, isinstance(self.positions, ReRoPE)
         for wrong, one, other, why in (
-            (self.half_causal and bidirectional, "half_causal", "bidirectional", "half of the heads is causal"),
-            (self.half_causal and not causal, "half_causal", "causal=False", "half of the heads is causal"),
+            (self.half_causal and self.causal, "half_causal", "causal", "half of the heads look ahead"),
             (self.half_causal and self.n_kv_heads % 2, "half_causal", f"n_kv_heads={self.n_kv_heads}", "no half of it"),
             (self.sink and self.window is None, "sink", "window=None", "without a window all tokens are seen"),
-            (self.sink and ahead, "sink", ahead, "the first tokens stay visible to later ones"),
+            (self.sink and ahead, "sink", "bidirectional", "the first tokens stay visible to later ones"),
             (rerope and self.window is not None, "ReRoPE", "window", "distances have one of the two windows"),
-            (rerope and ahead, "ReRoPE", ahead, "distances below zero have no window"),
+            (rerope and ahead, "ReRoPE", "bidirectional", "distances below zero have no window"),
         ):
             if wrong:
                 raise ValueError(f"{one}, {other}: these exclude each other, {why}")

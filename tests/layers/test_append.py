@@ -63,6 +63,13 @@ def test_windows_and_rows_of_a_buffer() -> None:
     assert torch.equal(append(past.transpose(2, 3), new.transpose(2, 3)), torch.cat((past, new), 1).transpose(2, 3))
 
 
+def test_time_is_where_it_was() -> None:
+    past, new = append(None, torch.randn(3, 3, 2)), torch.randn(3, 1, 2)
+    held = past.clone()
+    assert torch.equal(append(past.transpose(0, 1), new), torch.cat((held.transpose(0, 1), new), 1))
+    assert torch.equal(append(past, new), torch.cat((held, new), 1))
+
+
 def test_copies_have_no_room() -> None:
     past, new = append(None, torch.randn(2, 5, 3)), torch.randn(2, 1, 3)
     for other in (past.clone(), copy.deepcopy(past), past[[1, 0]], past.double(), past + 0):

@@ -20,7 +20,7 @@ OPTIONS: list[tuple[dict[str, Any], set[str]]] = [
     ({"positions": "alibi"}, set()),
     ({"positions": ReRoPE(100)}, set()),
     ({"bidirectional": True}, {"reset", "mask"}),
-    ({"half_causal": True, "n_heads": 2}, {"mask"}),
+    ({"bidirectional": True, "half_causal": True, "n_heads": 2}, {"mask"}),
 ]
 
 
