@@ -78,7 +78,7 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "grouped": {"n_heads": 4, "n_kv_heads": 2},
     "alibi": {"positions": "alibi"},
     "rerope": {"positions": ReRoPE(window=8)},
-    "half causal": {"half_causal": True},
+    "half causal": {"half_causal": True, "bidirectional": True},
     "window over all": {"window": 63, "sink": 2},
 }
 
@@ -132,7 +132,12 @@ def test_two_scans_each_way():
 def test_windows():
     """As many keys as the widest query sees; up to the window it is attention over everything."""
     sees_all = layers.build("attention", 64)
-    for options, most in (({}, 10), ({"sink": 3}, 13), ({"bidirectional": True}, 19), ({"half_causal": True}, 10)):
+    for options, most in (
+        ({}, 10),
+        ({"sink": 3}, 13),
+        ({"bidirectional": True}, 19),
+        ({"half_causal": True, "bidirectional": True}, 10),
+    ):
         layer = layers.build("attention", 64, window=10, **options)
         assert linrnn.flops(layer, most) == linrnn.flops(sees_all, most)
         assert linrnn.flops(layer, 1000) == 4 * 1000 * 64**2 + 2 * 1000 * most * 64
