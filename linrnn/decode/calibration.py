@@ -10,16 +10,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from linrnn.decode._counts import Counts, count
-from linrnn.decode._memories import BlockRecursion
+from linrnn.decode._counts import Counts, count, tiles
+from linrnn.decode._memories import BlockRecursion, InputCache
 from linrnn.decode._stack import AttentionStack
 from linrnn.decode.live import LiveBytes
-from linrnn.layers.base import positive_int
+from linrnn.decode.state import nbytes
+from linrnn.layers.base import State, positive_int
 from linrnn.models.language import LanguageModel
 
 LONG = 0.02  # seconds of one call from which on larger blocks are extrapolated
 TRIAL = 0.02  # seconds of a recursion on a few blocks
-SHORT_CACHE, LONG_CACHE = 32, 512
+CACHES = 32, 4096  # tokens of a short cache and of a long one, of so many bytes at most
+CACHE_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Calibration:
     def __init__(self, model: LanguageModel, *, batch_size: int = 1):
         self.stack, self.batch_size = AttentionStack(model), positive_int("batch_size", batch_size)
         self.device = model.embed.weight.device
+        self.levels = range(1, self.stack.n_layers + 1)
         self.units, self.cached, self.head = cache(self._units), cache(self._cached), cache(self._head)
 
     @torch.no_grad()
@@ -115,31 +118,53 @@ class Calibration:
             close=self.seconds(lambda: stack.close(level, frame)),
             working=live.peak - frame.nbytes + x.numel() * x.element_size(),
         )
-        if rows == keys:  # pieces among others take longer than over and over
+        # pieces among others take longer than over and over: try a few blocks
+        if rows == keys:
             jobs = {nb: count(stack, "block", rows, nb * rows, nb * rows) for nb in range(1, 17)}
             nb = max(nb for nb, job in jobs.items() if nb <= 2 or units.seconds(job) < TRIAL)
             trial = self.ids(nb * rows)
             taken = self.seconds(lambda: BlockRecursion(stack, rows).extend(trial, False))
             units = units.slower(max(1.0, taken / units.seconds(jobs[nb])))
+        else:
+            pages = InputCache(stack, keys)
+            pages.extend(self.ids(2 * keys), False)
+            # of a token behind two pages and a bit
+            job = Counts((1,) * (stack.n_layers + 1), sum(1 + tiles(stack, n, 2 * keys + 1, keys) for n in self.levels))
+            taken = self.seconds(lambda: pages.extend(ids, False))
+            units = units.slower(max(1.0, taken / units.seconds(job)))
         stack.reset_counts()
         return units
 
     @torch.no_grad()
     def _cached(self, rows: int) -> Cached:
         """Returns the costs of the model's forward on `rows` tokens behind a cache."""
-        model, points = self.stack.model, []
-        for tokens in (SHORT_CACHE, LONG_CACHE):
-            state = model.features(self.ids(tokens))[1]
-            ids = self.ids(rows)
+        model, ids = self.stack.model, self.ids(rows)
+        row = sum(nbytes(self.filled(level, 1)) for level in self.levels)
+        short, long = CACHES[0], min(CACHES[1], max(2 * CACHES[0], CACHE_BYTES // row))
+        points = []
+        for tokens in (short, long):
+            state = tuple(self.filled(level, tokens) for level in self.levels)
+
+            def call() -> None:
+                nonlocal state  # each call appends to the state of the one before: to an older one it would copy
+                state = model.features(ids, state)[1]
+
+            call()
             with LiveBytes() as live:
-                model.features(ids, state)
-            points.append((self.seconds(lambda: model.features(ids, state)), live.peak))  # noqa: B023
+                call()
+            points.append((self.seconds(call), live.peak))
         (near, low), (far, high) = points
-        more = LONG_CACHE - SHORT_CACHE
-        slope, bytes_slope = max(0.0, (far - near) / more), max(0.0, (high - low) / more)
-        return Cached(
-            max(0.0, far - slope * LONG_CACHE), slope, max(low, high) if not bytes_slope else low, bytes_slope
-        )
+        slope, bytes_slope = max(0.0, (far - near) / (long - short)), max(0.0, (high - low) / (long - short))
+        return Cached(max(0.0, far - slope * long), slope, low if bytes_slope else max(low, high), bytes_slope)
+
+    def filled(self, level: int, tokens: int) -> State:
+        """Returns a state of layer `level` that holds `tokens` tokens of zeros."""
+        mixer, weight = self.stack.mixer(level), self.stack.model.embed.weight
+        fields = {}
+        for name, (shape, dtype) in mixer.state_spec().items():
+            size = (self.batch_size, *(tokens if n is None else n for n in shape))
+            fields[name] = weight.new_full(size, tokens if name == "position" else 0, dtype=dtype or weight.dtype)
+        return mixer.state_type(**fields)
 
     @torch.no_grad()
     def _head(self) -> tuple[float, int]:

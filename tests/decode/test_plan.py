@@ -1,6 +1,5 @@
 """Plans are true: what is predicted is what a decoder then evaluates and holds, and what does not fit is refused."""
 
-import gc
 from typing import Any
 
 import pytest
@@ -49,7 +48,6 @@ def test_predictions_are_true(options: dict[str, Any], batch_size: int) -> None:
         assert [choice.memory for choice in found.choices] == ["kv", "inputs", "layerwise", "block", "constant"]
         for choice in (*found.choices, *found.blocks):
             decoder = decoder_of(model, choice)
-            gc.collect()
             with LiveBytes() as live:
                 decoder.extend(ids[:, : length - new_tokens + 1])
                 for t in range(length - new_tokens + 1, length):
