@@ -1,5 +1,7 @@
 """Plans are true: what is predicted is what a decoder then evaluates and holds, and what does not fit is refused."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -176,3 +178,10 @@ def test_bad_arguments(calibration: Calibration, kwargs: dict[str, Any], message
 def test_a_plan_is_a_value(calibration: Calibration) -> None:
     found = plan(calibration.stack.model, 8, calibration=calibration)
     assert isinstance(found, Plan) and found.fits(found.chosen)
+
+
+def test_the_docs_run(capsys: pytest.CaptureFixture[str]) -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "decode.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", docs, re.S)
+    exec(compile(block, "decode.md", "exec"), {})
+    assert "chosen" in capsys.readouterr().out
