@@ -20,7 +20,6 @@ from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dt
 from linrnn.layers.heads import HeadNorm, white_
 from linrnn.layers.local_attention import Packed, Sight, pack, sight, unpack
 from linrnn.layers.positions import ALiBi, Positions, ReRoPE, RoPE, as_positions
-from linrnn.layers.rotary import rotate
 from linrnn.layers.softmax_attention import Rule, Sinks, attend, fused, products
 
 
@@ -166,24 +165,23 @@ class Attention(RecurrentLayer):
         q, k = qk.split((self.n_heads, self.n_kv_heads), 2)
         return q, k, v
 
-    def scores(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor, far: int = 0, near: int | None = None) -> Tensor:
         """Returns the logits (B, H, C, W), at least float32, of q (B, C, H, K) and cached k (B, W, H_kv, K).
 
         Queries and keys are at positions `query` (C) or (1 or B, C) and `key` (W) or (1 or B, W) of one document; what
-        is not seen is not left out (`visible`).
+        is not seen is not left out (`visible`). ReRoPE saves work where the first `far` keys are known to be at its
+        window's distance or more from all queries, and those from `near` on at less.
         """
         query, key = (p[None] if p.ndim == 1 else p for p in (query, key))
-        row, column = query[:, None, :, None], key[:, None, None]  # (1 or B, 1, C, 1), (1 or B, 1, 1, W)
         if isinstance(self.positions, ReRoPE):
-            base, far = self.positions.base, self.positions.far
-            near = products(rotate(q, query, base), rotate(k, key, base))
-            beyond = products(rotate(q, far(query, query=True), base), rotate(k, far(key, query=False), base))
-            logits = torch.where(column > row - self.positions.window, near, beyond)
+            logits = self.positions.products(q, k, query, key, far, k.shape[1] if near is None else near)
         else:
             logits = products(q, k)
         logits = logits * self.logit_scale
         slopes = self.slopes(logits)
-        return logits if slopes is None else logits - slopes[:, None, None] * (row.to(slopes.dtype) - column).abs()
+        if slopes is None:
+            return logits
+        return logits - slopes[:, None, None] * (query.to(slopes.dtype)[:, None, :, None] - key[:, None, None]).abs()
 
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
         """Returns which keys of one document are seen, bool (C, W) or (1 or B, C, W), positions as in `scores`."""
@@ -273,8 +271,10 @@ class Attention(RecurrentLayer):
         before, after = seen.before, seen.after
         if reach is not None:
             before, after = before.clamp(max=reach), None if after is None else after.clamp(max=reach)
-        scores = self.scores if isinstance(self.positions, ReRoPE) else None
-        return Rule(before, after, reach, None if after is None else reach, sinks, self.slopes(q), scores)
+        rule = Rule(before, after, reach, None if after is None else reach, sinks, self.slopes(q))
+        if isinstance(self.positions, ReRoPE):
+            rule = rule._replace(scores=self.scores, far_window=self.positions.window)
+        return rule
 
 
 def default_heads(d_model: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linrnn.layers.base import accumulation_dtype
-from linrnn.layers.softmax_attention import by_group
+from linrnn.layers.softmax_attention import mix
 
 
 class SoftmaxSum(NamedTuple):
@@ -37,8 +37,7 @@ def absorb(total: SoftmaxSum, logits: Tensor, v: Tensor) -> SoftmaxSum:
     shift = torch.where(m == -torch.inf, 0, m)  # no key yet: exp(-inf - 0) is zero, exp(-inf + inf) is not
     p = (logits - shift[..., None]).exp()
     decay = (total.m - shift).exp()
-    read = (by_group(p, v.shape[2]) @ v.to(p.dtype).transpose(1, 2)[:, :, None]).flatten(1, 2)
-    return SoftmaxSum(m, decay * total.z + p.sum(-1), decay[..., None] * total.y + read)
+    return SoftmaxSum(m, decay * total.z + p.sum(-1), decay[..., None] * total.y + mix(p, v))
 
 
 def read_out(total: SoftmaxSum) -> Tensor:

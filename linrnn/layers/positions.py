@@ -19,6 +19,7 @@ from torch import Tensor
 
 from linrnn.layers.base import positive_int
 from linrnn.layers.rotary import rotary_frequencies, rotate
+from linrnn.layers.softmax_attention import products
 
 
 def check_number(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> None:
@@ -197,10 +198,27 @@ class ReRoPE:
         if self.leak is not None:
             check_number("leak", self.leak, above=0)
 
-    def far(self, position: Tensor, *, query: bool) -> Tensor:
-        """Returns where a token stands to those beyond the window: the difference of two is the distance they see."""
-        place = torch.zeros_like(position) if self.leak is None else position.double() / self.leak
-        return place + self.window * (1 - (0.0 if self.leak is None else 1 / self.leak)) if query else place
+    def products(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor, far: int, near: int) -> Tensor:
+        """Returns q · k (B, H, C, W), at least float32, of q (B, C, H, K) and k (B, W, H_kv, K), not yet turned.
+
+        Args:
+            q, k: queries and keys.
+            query, key: their positions, (1 or B, C) and (1 or B, W).
+            far: the first so many keys are beyond the window of all queries.
+            near: those from here on are within it.
+        """
+        close = products(rotate(q, query, self.base), rotate(k[:, far:], key[:, far:], self.base))
+        if near == 0:
+            return close
+        # the difference of these places is the distance that counts
+        place, turned = torch.full_like(query, self.window), k[:, :near]
+        if self.leak is not None:
+            place = self.window * (1 - 1 / self.leak) + query.double() / self.leak
+            turned = rotate(turned, key[:, :near].double() / self.leak, self.base)
+        beyond = products(rotate(q, place, self.base), turned)
+        within = key[:, None, None, far:near] > query[:, None, :, None] - self.window
+        either = torch.where(within, close[..., : near - far], beyond[..., far:])
+        return torch.cat((beyond[..., :far], either, close[..., near - far :]), -1)
 
 
 @dataclass(frozen=True)

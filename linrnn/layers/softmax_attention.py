@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 # the numbers in the mask of a block
 BLOCK = 2**22
 
-# maps q (B, C, H, K), k (B, W, H_kv, K) and columns (C), (W) to logits (B, H, C, W) of at least float32
-Scores = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# maps q (B, C, H, K), k (B, W, H_kv, K), columns (C), (W) and `far`, `near` to logits (B, H, C, W) of at least float32:
+# the first `far` keys are beyond the far window of all queries, those from `near` on are within it
+Scores = Callable[[Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 
 
 class Sinks(NamedTuple):
@@ -37,7 +38,8 @@ class Rule(NamedTuple):
     """Which keys are seen, and how.
 
     before, after (1 or B, T): how many columns a query sees before and after itself; after = None: none. back, ahead:
-    the most that these can be, or None. slopes (H): of ALiBi. scores: logits other than scale q · k.
+    the most that these can be, or None. slopes (H): of ALiBi. scores: logits other than scale q · k, that tell keys at
+    distances below far_window from others.
     """
 
     before: Tensor
@@ -47,6 +49,7 @@ class Rule(NamedTuple):
     sinks: Sinks | None = None
     slopes: Tensor | None = None
     scores: Scores | None = None
+    far_window: int = 0
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, *, scale: float, dropout: float = 0.0) -> Tensor:
@@ -105,7 +108,9 @@ def _block(
         visible = torch.cat((seen.expand(len(visible), -1, -1), visible), -1)
     mask = visible[:, None]  # (1 or B, 1, C, W)
     if rule.scores is not None:
-        return _weigh(rule.scores(q, k, query, key).masked_fill(~mask, -torch.inf), v, dropout)
+        split = past + a - low - rule.far_window + 1  # keys before it are beyond the window of the first query
+        far, near = (min(max(n, 0), W) for n in (split, split + C - 1))
+        return _weigh(rule.scores(q, k, query, key, far, near).masked_fill(~mask, -torch.inf), v, dropout)
     if rule.slopes is not None:
         distance = (column.to(rule.slopes.dtype) - key).abs()[None]  # (1, C, W)
         if rule.sinks is not None:
@@ -144,25 +149,25 @@ def fused(
 
 
 def _weigh(logits: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Maps logits (B, H, C, W) and v (B, W, H_kv, K) to o (B, C, H, K)."""
+    """Maps logits (B, H, C, W) and v (B, W, H_kv, V) to o (B, C, H, V)."""
+    return mix(F.dropout(logits.softmax(-1), dropout), v).transpose(1, 2).to(v.dtype)
+
+
+def mix(p: Tensor, v: Tensor) -> Tensor:
+    """Returns Σ_j p_j v_j (B, H, C, V), in the dtype of p, of weights p (B, H, C, W) and v (B, W, H_kv, V)."""
     with torch.autocast(v.device.type, enabled=False):
-        p = F.dropout(logits.softmax(-1), dropout)
-        return (
-            (by_group(p, v.shape[2]) @ v.to(p.dtype).transpose(1, 2)[:, :, None])
-            .flatten(1, 2)
-            .transpose(1, 2)
-            .to(v.dtype)
-        )
-
-
-def by_group(x: Tensor, n_kv_heads: int) -> Tensor:
-    """(B, H, ...) to (B, H_kv, H / H_kv, ...): heads side by side share keys."""
-    return x.unflatten(1, (n_kv_heads, x.shape[1] // n_kv_heads))
+        return (by_group(p, v.shape[2]) @ v.to(p.dtype).transpose(1, 2)).view(*p.shape[:3], v.shape[3])
 
 
 def products(q: Tensor, k: Tensor) -> Tensor:
     """Returns q · k (B, H, C, W) of q (B, C, H, K) and k (B, W, H_kv, K), at least float32."""
     dtype = torch.promote_types(q.dtype, torch.float32)
+    B, C, H, _ = q.shape
     with torch.autocast(q.device.type, enabled=False):
-        q, k = by_group(q.transpose(1, 2).to(dtype), k.shape[2]), k.transpose(1, 2).to(dtype)
-        return (q @ k[:, :, None].mT).flatten(1, 2)
+        rows = by_group(q.to(dtype).transpose(1, 2), k.shape[2])
+        return (rows @ k.to(dtype).transpose(1, 2).mT).view(B, H, C, k.shape[1])
+
+
+def by_group(x: Tensor, n_kv_heads: int) -> Tensor:
+    """(B, H, C, ·) to (B, H_kv, H / H_kv C, ·): heads side by side share keys, as so many queries."""
+    return x.unflatten(1, (n_kv_heads, x.shape[1] // n_kv_heads)).flatten(2, 3)

@@ -70,6 +70,11 @@ def test_time_is_where_it_was() -> None:
     assert torch.equal(append(past, new), torch.cat((held, new), 1))
 
 
+def test_heads_lie_one_after_the_other() -> None:
+    past = append(append(None, torch.randn(2, 3, 4, 5)), torch.randn(2, 1, 4, 5))
+    assert past.stride()[1:] == (5, past.stride(0) // 4, 1)
+
+
 def test_copies_have_no_room() -> None:
     past, new = append(None, torch.randn(2, 5, 3)), torch.randn(2, 1, 3)
     for other in (past.clone(), copy.deepcopy(past), past[[1, 0]], past.double(), past + 0):
