@@ -51,7 +51,8 @@ struct Backward {
 #pragma unroll
     for (int v = 0; v < V; ++v)
 #pragma unroll
-      for (int j = 0; j < kStates; j += 4) quad(tile, v, j) = {from[v][j], from[v][j + 1], from[v][j + 2], from[v][j + 3]};
+      for (int j = 0; j < kStates; j += 4)
+        quad(tile, v, j) = {from[v][j], from[v][j + 1], from[v][j + 2], from[v][j + 3]};
   }
   void take(int tile, Tile<S>& to) {
 #pragma unroll
@@ -176,12 +177,15 @@ struct Backward {
     }
   }
 
-  uint8_t flag_of(const Stage& stage, int i, int k, int n) const { return k < n ? place.flag(stage, i + k) : uint8_t(HOLD); }
+  uint8_t flag_of(const Stage& stage, int i, int k, int n) const {
+    return k < n ? place.flag(stage, i + k) : uint8_t(HOLD);
+  }
 
   void add_up_warps(int64_t t, int n) {
     constexpr int ROW = kGroup * 2 * kPadded;
     const int64_t token = args.G * args.N, plane = args.B * args.T * token;
-    S* const to = static_cast<S*>(args.sums) + place.part * 2 * plane + (place.b * args.T + t) * token + place.group * args.N;
+    const int64_t first = (place.b * args.T + t) * token + place.group * args.N;
+    S* const to = static_cast<S*>(args.sums) + place.part * 2 * plane + first;
     for (int at = int(threadIdx.x); at < n * 2 * kPadded; at += int(blockDim.x)) {
       const int k = at / (2 * kPadded), of_C = at / kPadded % 2, state = at % kPadded;
       if (state >= args.N) continue;

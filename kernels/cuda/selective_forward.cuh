@@ -37,7 +37,7 @@ inline void copy(const Tile<S>& from, Tile<S>& to) {
     for (int j = 0; j < kStates; ++j) to[v][j] = from[v][j];
 }
 
-// The states after the kGroup tokens from i on, of which n exist; each(k) sees them after each token that is not padding.
+// The states after the kGroup tokens from i on, of which n exist; each(k) sees them after each token but padding.
 template <bool FLAGGED, class Each>
 inline void advance_group(const Place& place, const Stage& stage, int i, int n, const Tile<S>& rates, Tile<S>& h,
                           Each&& each) {

@@ -3,9 +3,9 @@
 //   h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,   y_t = C_t h_t
 //
 // It is bound by arithmetic: N exponentials for each number of x, and the special function unit gives 16 a clock. A
-// block has a tile of channels (selective_scan.cuh) and nothing of size (B, T, D, N) exists. The forward keeps the states
-// before every `spacing`-th token; the backward computes those between again, keeps every kGroup-th in shared memory,
-// and has the states and decays of kGroup tokens in registers when it walks back over them.
+// block has a tile of channels (selective_scan.cuh) and nothing of size (B, T, D, N) exists. The forward keeps the
+// states before every `spacing`-th token; the backward computes those between again, keeps every kGroup-th in shared
+// memory, and has the states and decays of kGroup tokens in registers when it walks back over them.
 //
 // Where there are few channels, time is cut into chunks: `selective_reduce` scans each from zero, `selective_carry`
 // carries the state across them, and `selective_scan` scans them all from the right states. The map of a chunk is
@@ -23,7 +23,8 @@ inline void carry(const Args& args) {
   if (item >= states) return;
   const int64_t first = LINRNN_BACKWARD ? args.chunks - 1 : 0, step = LINRNN_BACKWARD ? -states : states;
   const S* decay = static_cast<const S*>(args.decay) + first * states + item;
-  S *at = static_cast<S*>(args.carry) + first * states + item, s = args.entry ? static_cast<const S*>(args.entry)[item] : S{};
+  S* at = static_cast<S*>(args.carry) + first * states + item;
+  S s = args.entry ? static_cast<const S*>(args.entry)[item] : S{};
   constexpr int AHEAD = 8;
   for (int64_t i = 0; i < args.chunks; i += AHEAD, decay += AHEAD * step, at += AHEAD * step) {
     S p[AHEAD], q[AHEAD];

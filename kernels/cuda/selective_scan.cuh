@@ -2,7 +2,7 @@
 // of all threads on their way through a ring in shared memory, and sums across the threads of a warp.
 //
 // A channel's N states lie in the registers of kLanes neighbouring threads, kStates each, padded with zeros; a thread
-// has those of V neighbouring channels. The more channels, the fewer reads of B and C from shared memory for each state.
+// has those of V neighbouring channels. The more channels, the fewer reads of B and C from shared memory a state.
 #pragma once
 
 #include "stream.cuh"
@@ -33,11 +33,11 @@ struct Args {
   int64_t kept, spacing;
   const uint8_t* flags;               // (B, T)
   LinrnnView grad_x, grad_dt;
-  void *grad_A, *sums;                // (chunks, B, D, N); (parts, 2, B, T, G, N): B's and C's, over a tile of channels each
+  void *grad_A, *sums;                // (chunks, B, D, N); (parts, 2, B, T, G, N): B's and C's, of a tile each
   int64_t stage;                      // tokens of a slot of the ring; in the backward `spacing`
   int64_t chunk, chunks;              // tokens of a chunk; their number
   void *decay, *carry;                // (chunks, B, D, N), where there are several chunks
-  int64_t x_copy, dt_copy, y_copy, B_copy;  // bytes in which their rows may be copied, 256 times threads along a row in bits
+  int64_t x_copy, dt_copy, y_copy, B_copy;  // bytes to copy rows in, and 256 times the threads along a row, in bits
   int64_t aligned;                          // whether V channels of y, or of gradients, may be written as one
 };
 
@@ -244,9 +244,9 @@ inline void fetch_tokens(const Place& place, const Stage& slot, int64_t t, int n
 }
 
 // Runs work(stage, slot, t, n) over the tokens of a block, n of them from t on, args.stage at a time, through a ring of
-// kSlots; in reverse from the last stage to the first. also(slot) asks for more with the tokens of a stage. One barrier a
-// stage: who passes it knows that the copies of all threads have arrived, and that all have done with the slot that is
-// filled next. Moves `shared` behind the ring.
+// kSlots; in reverse from the last stage to the first. also(slot) asks for more with the tokens of a stage. One barrier
+// a stage: who passes it knows that the copies of all threads have arrived, and that all have done with the slot that
+// is filled next. Moves `shared` behind the ring.
 template <class R, class Also, class Work>
 inline void walk(const Place& place, char*& shared, bool reverse, Also&& also, Work&& work) {
   const int tokens = int(place.args.stage);
@@ -255,7 +255,8 @@ inline void walk(const Place& place, char*& shared, bool reverse, Also&& also, W
   const int bytes = int(next - start);
   shared += kSlots * bytes;
   if (place.width < place.channels || place.args.N < kPadded) {  // what is never copied counts as zero
-    for (char* at = start + 16 * threadIdx.x; at < shared; at += 16 * blockDim.x) *reinterpret_cast<Vec<int, 4>*>(at) = {};
+    for (char* at = start + 16 * threadIdx.x; at < shared; at += 16 * blockDim.x)
+      *reinterpret_cast<Vec<int, 4>*>(at) = {};
     __syncthreads();
   }
   const int64_t stages = (place.end - place.begin + tokens - 1) / tokens;

@@ -1,4 +1,4 @@
-// A block as fibers on one OS thread: each thread runs to the next barrier, or shuffle, in an order shuffled at every one.
+// A block as fibers on one OS thread: each thread runs to the next barrier, or shuffle, in an order shuffled at each.
 #pragma once
 
 #include <sys/mman.h>
