@@ -26,7 +26,6 @@ from linrnn.layers.flash import FLASH
 from linrnn.layers.gau import GAU
 from linrnn.layers.linear_attention import KernelAttention
 from linrnn.layers.nystrom import Nystrom
-from linrnn.layers.positions import ReRoPE
 from linrnn.layers.ring import RingRNN
 from linrnn.layers.wkv_mix import WKVMix
 
@@ -175,8 +174,7 @@ def _(layer: Attention, T: Length) -> int:
     window = layer.window
     if window is not None:
         window = window + layer.sink if layer.causal or layer.half_causal else 2 * window - 1
-    logits = 2 if isinstance(layer.positions, ReRoPE) else 1  # within its window and beyond
-    return T * T.most(window) * (logits + 1) * layer.n_heads * layer.d_head
+    return T * T.most(window) * 2 * layer.n_heads * layer.d_head
 
 
 @recurrence.register

@@ -9,8 +9,9 @@ a complex number times a real one two. An addition goes with nearly every one: F
   tokens of D channels. A short convolution: one for each of its weights.
 
 Attention counts for each query as many keys as the query that sees most does: T, whether it is causal or looks both
-ways, though kernels may skip what is masked; min(T, window) with a window or in chunks. The chunked forms that run over
-whole sequences do more multiplications than the recurrence that they compute, but do them as products of matrices.
+ways, though kernels may skip what is masked; min(T, window) with a window or in chunks. A pair has one score, though
+ReRoPE may make two. The chunked forms that run over whole sequences do more multiplications than the recurrence that
+they compute, but do them as products of matrices.
 
 Not counted is what costs a few operations for each number of a token, or is a function of each score: norms, gates,
 activations, softmax, rotary turns, constant scales, biases, skips (RWKV-7's bonus is one), token shifts, divisions. Nor

@@ -77,7 +77,7 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "both ways": {"bidirectional": True},
     "grouped": {"n_heads": 4, "n_kv_heads": 2},
     "alibi": {"positions": "alibi"},
-    "rerope": {"positions": ReRoPE(window=8)},
+    "rerope up to its window": {"positions": ReRoPE(window=64)},
     "half causal": {"half_causal": True, "bidirectional": True},
     "window over all": {"window": 63, "sink": 2},
 }
