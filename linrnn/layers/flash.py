@@ -100,23 +100,22 @@ class FLASH(GatedUnit):
         q, k, q_lin, k_lin = maps.unbind(-2)  # (B, T, s) each
         q = scaled(q, (in_sight(chunk) * self.d_key).to(wide).rsqrt())  # relu² squares it
         n = (seen.before - own).clamp(min=1) if self.causal else in_sight(seen)
-        q_lin = scaled(q_lin, n.to(wide).reciprocal())
+        q_lin = scaled(q_lin.to(wide), n.to(wide).reciprocal())  # float16 has no 1 / n
 
         past = self.columns_before(state, packed)
         if not self.causal:
             o = self.near(q, k, v, None, seen, chunk, past)
             features = Features(q_lin[:, :, None], k_lin[:, :, None])  # of one head
             o_lin = noncausal(FEATURE_MAPS["identity"], features, v[:, :, None], reset=packed.reset, mask=packed.real)
-            return unpack(self.out(u * (o + o_lin[:, :, 0])), packed.place), None
+            return unpack(self.out(u * (o + o_lin[:, :, 0].to(o.dtype))), packed.place), None
         with full_precision(x.device.type):
-            linear = q_lin.to(wide), k_lin.to(wide), v.to(wide)
-            far, S = self.far(*linear, seen, packed, int(past == C))
+            far, S = self.far(q_lin, k_lin.to(wide), v.to(wide), seen, packed, int(past == C))
             if state is not None:
-                read, stays = self.past(linear[0], state, seen, packed)
+                read, stays = self.past(q_lin, state, seen, packed)
                 far, S = far + read, S + stays
         if state is not None:  # the dtype of the activations is autocast's
             k, v = torch.cat((state.k.to(k.dtype), k), 1), torch.cat((state.v.to(v.dtype), v), 1)  # (B, c - 1 + T, ·)
-        o = self.near(q, k, v, (q_lin, k_lin), seen, chunk, past) + far.to(v.dtype)
+        o = self.near(q, k, v, (q_lin.to(q.dtype), k_lin), seen, chunk, past) + far.to(v.dtype)
         behind = None if packed.lengths is None else x.shape[1] - packed.lengths
         k, v = (latest(t, behind, C - 1, chunk.next).to(wide) for t in (k, v))
         y = unpack(self.out(u * o), packed.place)

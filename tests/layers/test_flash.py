@@ -186,22 +186,25 @@ def test_agrees_with_flash_pytorch(bidirectional: bool) -> None:
         torch.testing.assert_close(layer(x)[0] * before, theirs(x) - x, rtol=1e-9, atol=1e-9)
 
 
+@each_way
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @each_variant
-def test_low_precision(kwargs: dict[str, Any], dtype: torch.dtype) -> None:
-    """Bound and reasons are those of the contract test, which runs the default alone."""
-    layer = FLASH(D, **kwargs).to(dtype)
+def test_low_precision(kwargs: dict[str, Any], dtype: torch.dtype, bidirectional: bool) -> None:
+    """Bound and reasons are those of the contract test, which runs the default alone, without flags."""
+    layer = FLASH(D, **kwargs, bidirectional=bidirectional).to(dtype)
     exact = copy.deepcopy(layer).double()
-    x = torch.randn(2, 60, D).to(dtype)
+    x, mask, reset = torch.randn(2, 60, D).to(dtype), torch.rand(2, 60) < 0.9, torch.rand(2, 60) < 0.02
     with torch.no_grad():
-        y, state = layer(x)
-        wanted = exact(x.double())[0]
-        error = (y.double() - wanted).square().mean() / wanted.square().mean()
-        assert error.sqrt() < 10 * torch.finfo(dtype).eps / 2
-        assert layer(x, state)[0].dtype == dtype  # a state can go back in
+        for flags in ({}, {"mask": mask}, {"mask": mask, "reset": reset}):
+            y, state = layer(x, **flags)
+            wanted = exact(x.double(), **flags)[0]
+            error = (y.double() - wanted)[mask].square().mean() / wanted[mask].square().mean()
+            assert y.dtype == dtype and error.sqrt() < 10 * torch.finfo(dtype).eps / 2
         with torch.autocast("cpu", dtype):
-            _, state = layer.float()(x.float())
-            assert layer(x.float(), state)[0].isfinite().all()
+            assert layer.float()(x.float(), **flags)[0].isfinite().all()
+            if not bidirectional:  # a state can go back in
+                _, state = layer(x.float(), layer(x.float())[1])
+                assert layer(x.float(), state, **flags)[0].isfinite().all()
 
 
 @each_way
