@@ -39,20 +39,14 @@ class Row:
 
 
 def measure(model: LanguageModel, calibration: Calibration, length: int, limit: float) -> list[Row]:
-    prefill, step = Job(calibration, length - 1, length - 1), Job(calibration, length - 1, length)
     ids = torch.randint(model.vocab_size, (1, length + 64))
     rows, expected = [], None
-    sizes = [*(size for size in BLOCKS if size < length), length]
-    for memory, size in [
-        ("kv", 256),
-        ("inputs", 256),
-        ("layerwise", 256),
-        *(("block", s) for s in sizes),
-        ("constant", 1),
-    ]:
-        choice, before = step.choice(memory, size), prefill.choice(memory, size)
-        predicted = max(choice.seconds - before.seconds, 0.0)
-        row = Row(length, choice, predicted, sum(choice.evaluations) - sum(before.evaluations))
+    page = 256 if length > 256 else 64
+    cases = [("kv", page), ("inputs", page), ("layerwise", page)]
+    cases += [("block", size) for size in (*(size for size in BLOCKS if size < length), length)]
+    for memory, size in [*cases, ("constant", 1)]:
+        row = Row(length, *predict(calibration, memory, size, length))
+        choice, predicted = row.choice, row.predicted
         rows.append(row)
         if predicted <= limit and choice.bytes < 4 << 30:
             row.seconds, logits = timed(model, memory, size, ids, length, limit)
@@ -66,6 +60,16 @@ def measure(model: LanguageModel, calibration: Calibration, length: int, limit: 
             flush=True,
         )
     return rows
+
+
+def predict(calibration: Calibration, memory: str, size: int, length: int) -> tuple[Choice, float, int]:
+    """The plan's choice, and the seconds and evaluations of the last token alone."""
+    if memory not in ("kv", "inputs"):  # every call reads everything again
+        choice = Job(calibration, length, length).choice(memory, size)
+        return choice, choice.seconds, sum(choice.evaluations)
+    choice = Job(calibration, length - 1, length).choice(memory, size)
+    before = Job(calibration, length - 1, length - 1).choice(memory, size)
+    return choice, choice.seconds - before.seconds, sum(choice.evaluations) - sum(before.evaluations)
 
 
 def timed(model: LanguageModel, memory: str, size: int, ids: Tensor, length: int, limit: float) -> tuple[float, Tensor]:
