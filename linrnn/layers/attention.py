@@ -239,8 +239,9 @@ class Attention(RecurrentLayer):
     def read(self, q: Tensor, k: Tensor, v: Tensor, packed: Packed, seen: Sight, sinks: Sinks | None = None) -> Tensor:
         """Maps queries q (B, T, H, K) and the columns k, v (B, S + T, H_kv, K) to o (B, T, H, K)."""
         how: dict[str, Any] = {"scale": self.logit_scale, "dropout": self.dropout if self.training else 0.0}
-        columns = k.shape[1]
-        everything = columns == q.shape[1] and packed.reset is None and (self.window or columns) >= columns
+        T = q.shape[1]
+        carried = k.shape[1] > T or (sinks is not None and self.window == 1)  # a window of one carries sinks alone
+        everything = not carried and packed.reset is None and (self.window or T) >= T
         if everything and not isinstance(self.positions, (ALiBi, ReRoPE)):
             if seen.after is None:  # padding is behind what is real
                 return fused(q, k, v, causal=True, **how)

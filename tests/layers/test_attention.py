@@ -187,3 +187,14 @@ def test_the_code_of_the_docs_runs() -> None:
     names: dict[str, Any] = {}
     exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], names)
     assert names["y_t"].shape == (2, 512) and names["state"].k.shape == (2, 1023, 2, 64)
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_padding_leaves_the_state_as_it_was(T: int) -> None:
+    layer = Attention(16, n_heads=2, window=4, sink=3, qk_bias=True).double()
+    with torch.no_grad():
+        layer.qk_bias.normal_()
+        x = torch.randn(2, 7, 16, dtype=torch.float64)
+        for state in (layer.init_state(2), layer(x[:, :2])[1], layer(x)[1]):
+            _, after = layer(x[:, :T], state, mask=torch.zeros(2, T, dtype=torch.bool))
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(after, state, strict=True))

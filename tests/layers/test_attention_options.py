@@ -37,6 +37,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Any]]] = {
     "window of one": ({"n_heads": 2, "window": 1}, lambda n: 12**-0.5),
     "window, alibi": ({"n_heads": 3, "window": 4, "positions": ALiBi()}, lambda n: 8**-0.5),
     "sink": ({"n_heads": 2, "window": 4, "sink": 2}, lambda n: 12**-0.5),
+    "window of one, sink": ({"n_heads": 2, "window": 1, "sink": 3}, lambda n: 12**-0.5),
     "wide sink": (
         {"n_heads": 3, "window": 2, "sink": 5, "positions": "alibi", "scale": "gradient"},
         lambda n: 0.84 * n.log().sqrt() * 8**-0.5,
@@ -232,14 +233,16 @@ def test_state_of_a_window_has_a_fixed_size(name: str) -> None:
 def test_state_of_a_window_is_what_was_seen(name: str, T: int) -> None:
     """However the calls were cut: also where a document has fewer tokens than the window or the sinks."""
     layer, x = make(name), torch.randn(4, T, D, dtype=torch.float64)
-    reset, mask = flags(4, T)
-    with torch.no_grad():
-        whole, pieces = layer(x, reset=reset, mask=mask)[1], layer.init_state(4)
-        for t in range(T):
-            pieces = layer(x[:, t : t + 1], pieces, reset=reset[:, t : t + 1], mask=mask[:, t : t + 1])[1]
-    for ours, theirs in zip(pieces, whole, strict=True):
-        if ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    both = dict(zip(("reset", "mask"), flags(4, T), strict=True))
+    for kinds in ({"reset"}, {"mask"}, {"reset", "mask"}):
+        given = {kind: both[kind] for kind in kinds}
+        with torch.no_grad():
+            whole, pieces = layer(x, **given)[1], layer.init_state(4)
+            for t in range(T):
+                pieces = layer(x[:, t : t + 1], pieces, **{k: f[:, t : t + 1] for k, f in given.items()})[1]
+        for ours, theirs in zip(pieces, whole, strict=True):
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["wide sink", "leaky rerope", "half causal, alibi", "cosines", "qk norm and bias"])
