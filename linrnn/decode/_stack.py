@@ -12,7 +12,6 @@ from linrnn.layers.attention import Attention
 from linrnn.layers.online_softmax import SoftmaxSum, absorb, read_out, softmax_sum
 from linrnn.models.backbone import Block
 from linrnn.models.language import LanguageModel
-from linrnn.models.tokens import embed_ids
 
 LOGITS = (
     2**15
@@ -77,9 +76,9 @@ class AttentionStack:
         return [(0, min(mixer.sink, start)), (max(0, start - mixer.window + 1), start)]
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Maps a block of ids (B, C) to level 0, (B, C, D)."""
+        """Maps a block of ids (B, C), int64 and checked, to level 0, (B, C, D)."""
         self.evaluations[0] += 1
-        return embed_ids("ids", ids, self.model.embed)
+        return self.model.embed(ids)
 
     def mixed(self, level: int, x: Tensor) -> Tensor:
         """Returns what the attention of layer `level` reads, given the layer's input x."""

@@ -13,7 +13,7 @@ from linrnn.decode._memories import MEMORIES
 from linrnn.decode._stack import AttentionStack
 from linrnn.layers.base import positive_int
 from linrnn.models.language import LanguageModel
-from linrnn.models.tokens import check_ids
+from linrnn.models.tokens import check_ids, check_vocabulary
 
 BLOCK_SIZE = 256
 
@@ -73,6 +73,7 @@ class AttentionDecoder:
                 )
             block_size = 1
         self.memory, self.model = memory, model
+        self.batch_size: int | None = None
         self.block_size = BLOCK_SIZE if block_size is None else positive_int("block_size", block_size)
         self.stack = AttentionStack(model)
         self._memory = MEMORIES[memory](self.stack, self.block_size)
@@ -83,8 +84,13 @@ class AttentionDecoder:
         check_ids("ids", ids)
         if ids.shape[1] == 0:
             raise ValueError(f"ids: expected at least one token, got shape {tuple(ids.shape)}")
+        if self.batch_size not in (None, ids.shape[0]):
+            raise ValueError(f"ids: expected {self.batch_size} sequences, like the tokens before, got {ids.shape[0]}")
+        # before anything is kept: a wrong id leaves the decoder as it was
+        check_vocabulary("ids", ids, self.model.vocab_size)
+        self.batch_size = ids.shape[0]
         self.stack.live_frames = self.stack.live_frame_bytes = 0  # an interrupted call has left its frames open
-        features = self._memory.extend(ids, every=positions == "all")
+        features = self._memory.extend(ids.long(), every=positions == "all")
         logits = self.model.head(features)
         return logits if positions == "all" else logits[:, -1]
 

@@ -181,10 +181,10 @@ class Calibration:
         return numbers.remainder(self.stack.model.vocab_size).view(self.batch_size, n)
 
     def seconds(self, function: Callable[[], object]) -> float:
-        """Returns the median time of a call, of at least three and some ten milliseconds together."""
+        """Returns the median time of a call, of at least three and some thirty milliseconds together."""
         times: list[float] = []
         function()
-        while len(times) < 3 or (sum(times) < 0.01 and len(times) < 100):
+        while len(times) < 3 or (sum(times) < 0.03 and len(times) < 50):
             self.synchronize()
             start = time.perf_counter()
             function()

@@ -25,12 +25,17 @@ def embed_ids(name: str, ids: Tensor, embedding: nn.Embedding, mask: Tensor | No
     """
     if mask is not None:
         ids = ids.masked_fill(~mask, 0)
+    check_vocabulary(name, ids, embedding.num_embeddings)
+    return embedding(ids.long())
+
+
+def check_vocabulary(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Raises ValueError, naming the argument, for an id outside the vocabulary where that can be seen for nothing."""
     # reading ids back from a GPU would stop it at every call, and torch.func cannot; there the embedding raises
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() and unwatched((ids,)):
         low, high = (int(v) for v in ids.aminmax())
-        if low < 0 or high >= embedding.num_embeddings:
+        if low < 0 or high >= vocab_size:
             raise ValueError(
-                f"{name}: expected ids from 0 to {embedding.num_embeddings - 1}, got {low if low < 0 else high}; "
+                f"{name}: expected ids from 0 to {vocab_size - 1}, got {low if low < 0 else high}; "
                 "mark padding with mask"
             )
-    return embedding(ids.long())

@@ -210,6 +210,18 @@ def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], message: 
         attention(**given)
 
 
+@pytest.mark.parametrize("memory", ["kv", "inputs", "layerwise", "constant"])
+def test_a_refused_call_leaves_no_trace(memory: str) -> None:
+    model, ids = make(1), torch.randint(V, (2, 6))
+    decoder = AttentionDecoder(model, memory=memory)
+    decoder.extend(ids[:, :3])
+    with pytest.raises(ValueError, match="ids: expected 2 sequences, like the tokens before, got 1"):
+        decoder.extend(ids[:1])
+    with pytest.raises(ValueError, match=f"ids: expected ids from 0 to {V - 1}, got -1"):
+        decoder.step(torch.tensor([1, -1]))
+    close(decoder.extend(ids[:, 3:].to(torch.uint8)), model(ids)[0][:, -1].detach())
+
+
 def test_bad_step() -> None:
     with pytest.raises(ValueError, match=r"ids_t: expected a tensor of shape \(batch,\)"):
         AttentionDecoder(make(1)).step(torch.zeros(1, 1, dtype=torch.int64))

@@ -18,8 +18,8 @@ def some_state() -> tuple[SequenceBackbone, Any]:
 
 def test_nbytes() -> None:
     _, state = some_state()
-    # LRU: 16 complex numbers; SLRU: 32 reals; attention: keys, values, flags of 5 tokens, and a position
-    assert states.nbytes(state) == 3 * (16 * 8 + 32 * 4 + 2 * 5 * 16 * 4 + 5 + 8)
+    # LRU: 16 complex numbers; SLRU: 32 reals; attention: keys and values of 5 tokens, and a position
+    assert states.nbytes(state) == 3 * (16 * 8 + 32 * 4 + 2 * 5 * 16 * 4 + 8)
     assert states.nbytes({"a": [None, torch.zeros(2)]}) == 8
 
 
