@@ -181,7 +181,7 @@ class FLASH(GatedUnit):
             last = document[..., -1:]  # of each block, (B, G, 1)
             writes = writes & (document == last)
         if T == L:
-            opened = (column >= end - length[:, None]) & (column < end)
+            opened = column >= end - length[:, None]  # and padded ones, whose v is zero
             k = k[:, :, None] * torch.stack((writes[:, 0], opened), -1)[..., None]  # (B, T, 2, s)
             return torch.zeros_like(v), (k.flatten(2).mT @ v).unflatten(1, (2, -1))
         q, k_blocks, values = (blocks(t, L) for t in (q, k, v))  # (B, G, L, ·)
