@@ -143,6 +143,18 @@ def test_windows():
         assert linrnn.flops(layer, 1000) == 4 * 1000 * 64**2 + 2 * 1000 * most * 64
 
 
+def test_aaren_projects_its_logits_and_not_its_keys():
+    layer = layers.build("aaren", D)
+    assert linrnn.flops(layer, 7, part="projections") == counted_by_torch(lambda: layer(torch.randn(1, 7, D)))
+
+
+def test_the_features_of_taylor_are_products():
+    """One for each pair of a key's numbers and each square, and the same for a query."""
+    taylor, elu = (layers.build("linear_attention", D, n_heads=2, d_key=3, feature_map=m) for m in ("taylor", "elu"))
+    more = linrnn.flops(taylor, 7, part="projections") - linrnn.flops(elu, 7, part="projections")
+    assert more == 7 * 2 * 2 * (taylor.n_features - 1 - 3) == 7 * 2 * 2 * 6
+
+
 @pytest.mark.parametrize("n", [7, 63, 100])
 def test_nystrom_is_what_torch_counts(n):
     """But for the means, which are products of matrices there: the landmarks' of q and k, with all tokens."""
