@@ -18,6 +18,21 @@ def rows(v: Tensor) -> Tensor:
     return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
 
 
+def aligned(v: Tensor) -> Tensor:
+    """v with dense rows, at an address that is a multiple of its item size, which a view of other numbers may miss."""
+    v = rows(v)
+    return v.clone() if v.data_ptr() % v.itemsize else v
+
+
+def paired(v: Tensor) -> bool:
+    """Whether all rows can be moved two numbers at a time."""
+    return (
+        v.shape[-1] % 2 == 0
+        and v.data_ptr() % (2 * v.itemsize) == 0
+        and all(stride % 2 == 0 for stride in v.stride()[:-1])
+    )
+
+
 def contiguous(v: Tensor | None) -> Tensor | None:
     return None if v is None else resolved(v).contiguous()
 
@@ -34,6 +49,11 @@ def view(v: Tensor, reverse: bool) -> View:
     if not reverse or not stride_t:
         return v.data_ptr(), stride_b, stride_t
     return v.data_ptr() + (v.shape[-2] - 1) * stride_t * v.element_size(), stride_b, -stride_t
+
+
+def from_row(row: int, v: View, item_bytes: int) -> View:
+    """The view from a row on."""
+    return (v[0] + row * v[2] * item_bytes, v[1], v[2]) if row and v[0] else v
 
 
 def flags_view(flags: Tensor | None, reverse: bool) -> View:

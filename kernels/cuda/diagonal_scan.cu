@@ -33,25 +33,19 @@ using X = LINRNN_X;
 constexpr int V = LINRNN_V;
 constexpr bool kConstant = LINRNN_CONSTANT, kFlags = LINRNN_FLAGS;
 
-// Flags of a token: RESET zeroes the state before it; HOLD is a padded token, which the state passes unchanged.
-enum : uint8_t { RESET = 1, HOLD = 2 };
-
-struct Common {
+struct Common : Column<V, kFlags> {
   using S = arithmetic<X>;
   using M = arithmetic<A>;
   using WideS = decltype(in_double(S{}));
   using Wide = decltype(in_double(M{}));
   static constexpr int kWidth = V;
 
-  int64_t b, d, batch, D, flags_stride;
-  const uint8_t* flags;
   Incoming<A, V> a;
   Incoming<X, V> x;
   M constant[V];
 
   Common(const Args& args, int64_t column)
-      : b(column / (args.D / V)), d(column % (args.D / V) * V), batch(args.columns * V / args.D), D(args.D),
-        flags_stride(args.flags_stride_t), flags(args.flags + b * args.flags_stride_b), a(args.a, b, d), x(args.x, b, d) {
+      : Column(args, column), a(args.a, b, d), x(args.x, b, d) {
     if constexpr (kConstant)
       for (int v = 0; v < V; ++v) constant[v] = widen(reinterpret_cast<const A*>(a.column)[v]);
   }
@@ -71,21 +65,6 @@ struct Common {
   M coefficient(const Vec<A, V>& row, int v) const {
     if constexpr (kConstant) return constant[v];
     else return widen(row.data[v]);
-  }
-  uint8_t flag(int64_t k) const {
-    if constexpr (kFlags) return flags[k * flags_stride];
-    else return 0;
-  }
-
-  // States and sums, (parts, B, D).
-  template <class N>
-  void store(void* to, const N* values, int64_t part = 0) const {
-    N* at = static_cast<N*>(to) + (part * batch + b) * D + d;
-    for (int v = 0; v < V; ++v) at[v] = values[v];
-  }
-  void load(const void* from, S* s, int64_t part = 0) const {
-    const S* at = static_cast<const S*>(from) + (part * batch + b) * D + d;
-    for (int v = 0; v < V; ++v) s[v] = from ? at[v] : S{};
   }
 
   // The product of a coefficient and that of the rows before it; and of a chunk and the chunks before it.

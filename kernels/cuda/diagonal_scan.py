@@ -14,11 +14,13 @@ from linrnn.kernels.tensors import (
     ABSENT,
     View,
     address,
+    aligned,
     contiguous,
     empty_gradient_of_a,
     flags_view,
+    from_row,
+    paired,
     reduced,
-    rows,
     view,
 )
 
@@ -73,7 +75,7 @@ def forward(
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h (B, T, D) in x's dtype and the final state (B, D) in the state dtype."""
-    a, x, initial_state, flags = _aligned(a), _aligned(x), contiguous(initial_state), contiguous(flags)
+    a, x, initial_state, flags = aligned(a), aligned(x), contiguous(initial_state), contiguous(flags)
     h = x.new_empty(x.shape)
     final_state = x.new_empty((x.shape[0], x.shape[2]), dtype=state_dtype(x.dtype))
     if h.numel() == 0:
@@ -105,9 +107,9 @@ def backward(
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of x (B, T, D), of a (its shape; None unless wanted) and of the initial state (B, D)."""
-    a, h, initial_state, flags = _aligned(a), _aligned(h), contiguous(initial_state), contiguous(flags)
+    a, h, initial_state, flags = aligned(a), aligned(h), contiguous(initial_state), contiguous(flags)
     # where only the final state has a gradient, one row of zeros serves for all
-    grad_h = h.new_zeros(h.shape[-1]).expand(h.shape) if grad_h is None else _aligned(grad_h)
+    grad_h = h.new_zeros(h.shape[-1]).expand(h.shape) if grad_h is None else aligned(grad_h)
     grad_final_state = contiguous(grad_final_state)
     grad_x = h.new_empty(h.shape)
     grad_s = h.new_empty((h.shape[0], h.shape[2]), dtype=state_dtype(h.dtype))
@@ -224,13 +226,13 @@ def _launch(
     for start, T, chunks in layout.panels:
         packed = _PACK(
             *(layout.columns, T, layout.D, layout.V),
-            *_from_row(start, a, of_a),
-            *_from_row(start, x, of_x),
-            *_from_row(start, out, of_x),
-            *_from_row(start, before, of_x),
-            *_from_row(start, grad_a, of_a),
+            *from_row(start, a, of_a),
+            *from_row(start, x, of_x),
+            *from_row(start, out, of_x),
+            *from_row(start, before, of_x),
+            *from_row(start, grad_a, of_a),
             *(address(first), start + T == layout.T, enters, exit.data_ptr()),
-            *_from_row(start, flags, 1),
+            *from_row(start, flags, 1),
             *(sums, layout.plan.rows, CARRY_WIDTH if layout.plan.chunk else layout.plan.width),
             *(layout.plan.chunk, chunks, address(decay), address(carry)),
         )
@@ -247,28 +249,10 @@ def _launch(
             sums += chunks * layout.columns * layout.V * sum.itemsize
 
 
-def _from_row(row: int, v: View, item_bytes: int) -> View:
-    return (v[0] + row * v[2] * item_bytes, v[1], v[2]) if row and v[0] else v
-
-
 def _device(v: Tensor) -> int:
     return v.device.index or 0
 
 
-def _aligned(v: Tensor) -> Tensor:
-    """v with dense rows, at an address that is a multiple of its item size, which a view of other numbers may miss."""
-    v = rows(v)
-    return v.clone() if v.data_ptr() % v.itemsize else v
-
-
 def _channels(x: Tensor, *others: Tensor) -> int:
     """Of a column: 2 where x is of half precision and all rows can be moved in pairs, else 1."""
-    return 2 if x.itemsize == 2 and all(_paired(v) for v in (x, *others)) else 1
-
-
-def _paired(v: Tensor) -> bool:
-    return (
-        v.shape[-1] % 2 == 0
-        and v.data_ptr() % (2 * v.itemsize) == 0
-        and all(stride % 2 == 0 for stride in v.stride()[:-1])
-    )
+    return 2 if x.itemsize == 2 and all(paired(v) for v in (x, *others)) else 1

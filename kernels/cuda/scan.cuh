@@ -28,6 +28,36 @@
 
 namespace linrnn {
 
+// Flags of a token: RESET zeroes the state before it; HOLD is a padded token, which the state passes unchanged.
+enum : uint8_t { RESET = 1, HOLD = 2 };
+
+// Where a column of V channels lies, its flags, and its place among states and sums, (parts, B, D).
+template <int V, bool FLAGS>
+struct Column {
+  int64_t b, d, batch, D, flags_stride;
+  const uint8_t* flags;
+
+  template <class Args>
+  Column(const Args& args, int64_t column)
+      : b(column / (args.D / V)), d(column % (args.D / V) * V), batch(args.columns * V / args.D), D(args.D),
+        flags_stride(args.flags_stride_t), flags(args.flags + b * args.flags_stride_b) {}
+
+  uint8_t flag(int64_t k) const {
+    if constexpr (FLAGS) return flags[k * flags_stride];
+    else return 0;
+  }
+  template <class N>
+  void store(void* to, const N* values, int64_t part = 0) const {
+    N* at = static_cast<N*>(to) + (part * batch + b) * D + d;
+    for (int v = 0; v < V; ++v) at[v] = values[v];
+  }
+  template <class S>
+  void load(const void* from, S* s, int64_t part = 0) const {
+    const S* at = static_cast<const S*>(from) + (part * batch + b) * D + d;
+    for (int v = 0; v < V; ++v) s[v] = from ? at[v] : S{};
+  }
+};
+
 // Rows in registers at a time: enough loads under way from shared memory, and no spills.
 template <class Pass>
 constexpr int kUnroll = sizeof(typename Pass::Row) <= 24 ? 8 : sizeof(typename Pass::Row) <= 48 ? 4 : 2;

@@ -20,7 +20,7 @@ from linrnn.ops import _softmax_torch
 from linrnn.ops._backend import attempt, choose, transformed, unwatched
 from linrnn.ops._softmax_torch import Outputs, State, expanded
 
-KERNELS = ("cpu",)
+KERNELS = ("cpu", "cuda")
 
 
 @cache
@@ -69,10 +69,14 @@ def _gradients(
     args = (*sequences, grad_o, (grad_m, grad_z, grad_y), reverse)
     chosen = choose(backend, v, KERNELS)
     if chosen in KERNELS and v.numel():
-        grads = attempt(backend, _launcher(chosen).backward, *args)
+        launcher = _launcher(chosen)
+        if chosen == "cuda":  # two kernels, put together here
+            grads = attempt(backend, _softmax_torch.gradients, *args, launcher)
+        else:
+            grads = attempt(backend, launcher.backward, *args)
         if grads is not None:
             return grads
-    return _softmax_torch.gradients(*args)
+    return _softmax_torch.gradients(*args, None)
 
 
 @torch.library.custom_op("linrnn::softmax_scan", mutates_args=())

@@ -67,15 +67,16 @@ def forward(logits, v, initial_state: State | None, flags, reverse: bool, keep: 
 
 
 def gradients(
-    logits, v, initial_state: State | None, flags, o, final_z, final_y, m, z, grad_o, grad_final, reverse: bool
+    logits, v, initial_state: State | None, flags, o, final_z, final_y, m, z, grad_o, grad_final, reverse: bool, kernels
 ) -> tuple[Tensor, ...]:
     """Gradients of the logits, v, and the initial m, z and y; o, m and z are the forward's. Without autograd.
 
-    grad_final: of the final m, z and y, each a tensor or None.
+    grad_final: of the final m, z and y, each a tensor or None. kernels: a module with `head_scan` and `row_dots`, or
+    None for those here, in pieces of time.
     """
     if reverse:
         logits, v, flags, o, m, z, grad_o = flipped(logits, v, flags, o, m, z, grad_o)
-        args = (logits, v, initial_state, flags, o, final_z, final_y, m, z, grad_o, grad_final, False)
+        args = (logits, v, initial_state, flags, o, final_z, final_y, m, z, grad_o, grad_final, False, kernels)
         grad_logits, grad_v, *grads = gradients(*args)
         return grad_logits.flip(1), grad_v.flip(1), *grads
     past = _past(v, initial_state)
@@ -83,46 +84,62 @@ def gradients(
         torch.zeros_like(x) if grad is None else grad for x, grad in zip(past, grad_final, strict=True)
     )
     of_m = grad_m - (grad_y * final_y).sum(-1) - grad_z * final_z  # what m, a maximum, leaves to the logit that it is
+    if grad_o is None:
+        grad_o = v.new_zeros(()).expand(v.shape)
+    grad_o = grad_o.to(v.dtype)
     grad_logits, grad_v = torch.zeros_like(logits), torch.zeros_like(v)
-    grad = torch.cat((grad_y, grad_z[..., None]), -1)
-    for piece in reversed(list(_pieces(v))):
+    pieces = list(_pieces(v)) if kernels is None else [slice(0, v.shape[1])]
+    for piece in reversed(pieces):
         before = past[0] if piece.start == 0 else m[:, piece.start - 1]
         sequences = _cut(piece, logits, v, flags, o, m, z, grad_o)
-        grad_logits[:, piece], grad_v[:, piece], grad, of_m = _adjoint(*sequences, before=before, grad=grad, of_m=of_m)
-    grad_y, grad_z = grad[..., :-1], grad[..., -1]
+        found = _adjoint(sequences, before, grad_z, grad_y, of_m, kernels)
+        grad_logits[:, piece], grad_v[:, piece], grad_z, grad_y, of_m = found
     grad_m = of_m + (grad_y * past[2]).sum(-1) + grad_z * past[1]
     return grad_logits, grad_v, grad_m, grad_z.clone(), grad_y.clone()
 
 
-def _adjoint(logits, v, flags, o, m, z, grad_o, *, before, grad, of_m) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One piece: gradients of logits and v, of the sums (B, H, V + 1) in units of e^before, and what is left of_m.
+def _adjoint(sequences, before, grad_z, grad_y, of_m, kernels) -> tuple[Tensor, ...]:
+    """One piece: gradients of logits and v, of z and y in units of e^before, and what is left of_m.
 
     G_t = (grad_o_t, -grad_o_t . o_t) / z_t + e^{m_t - m_{t+1}} G_{t+1},   grad_(v, 1)_t = e^{l_t - m_t} G_t
     """
+    logits, v, flags, o, m, z, grad_o = sequences
+    scan, dots = (head_scan, row_dots) if kernels is None else (kernels.head_scan, kernels.row_dots)
     earlier = torch.cat((before[:, None], m[:, :-1]), 1)  # the largest logit that each token found
-    decay, values = (earlier - m).exp()[..., None].expand(*m.shape, v.shape[3] + 1).flatten(2), v.to(m.dtype)
-    grad_sums = torch.zeros_like(torch.cat((values, z[..., None]), -1))
-    if grad_o is not None:
-        grad_o, scale = grad_o.to(m.dtype), torch.where(z == 0, 0, 1 / z)[..., None]
-        grad_sums = torch.cat((grad_o, -(grad_o * o).sum(-1, keepdim=True)), -1) * scale
-    weight = (logits - m).exp()
+    decay, scale, weight = (earlier - m).exp(), torch.where(z == 0, 0, 1 / z), (logits - m).exp()
     record, T = (logits == m) & (earlier < m), torch.arange(m.shape[1], device=m.device)[:, None]
-    forgotten = torch.full_like(m[:, 0], -1, dtype=torch.int64)
+    forgotten, of_z = torch.full_like(m[:, 0], -1, dtype=torch.int64), -dots(grad_o, o)
+    padded = None
     if flags is not None:
         reset, padded = split_flags(flags)
-        values, grad_sums = (torch.where(padded[..., None], 0, x) for x in (values, grad_sums))
-        weight = torch.where(padded, 0, weight)
+        decay = torch.where(reset, 0, decay)
+        scale, weight, of_z = (torch.where(padded, 0, x) for x in (scale, weight, of_z))
         record = (record | (reset & (logits == m))) & ~padded
         forgotten = torch.where(reset, T, -1).amax(1).expand_as(forgotten)
-    flat = grad_sums.flatten(2)
-    _, G, grad = scan_backward(decay, flat, grad.flatten(1), flags, flat, grad.flatten(1), False, False, "auto")
-    G = G.view(grad_sums.shape)
-    grad_logits = weight * ((values * G[..., :-1]).sum(-1) + G[..., -1])
+    grad_v, grad_y = scan(grad_o, decay, scale, weight, grad_y, flags)
+    of_weight, grad_z = scan(of_z[..., None], decay, scale, weight, grad_z[..., None], flags)
+    grad_logits = dots(v, grad_v)
+    grad_logits = of_weight[..., 0] + (grad_logits if padded is None else torch.where(padded, 0, grad_logits))
     last = torch.where(record, T, -1).amax(1)
     here = (T == last[:, None]) & (last >= forgotten)[:, None]
     grad_logits = grad_logits + torch.where(here, of_m[:, None], 0)
     left = torch.where((last < 0) & (forgotten < 0), of_m, 0)
-    return grad_logits, (weight[..., None] * G[..., :-1]).to(v.dtype), grad.view(*of_m.shape, v.shape[3] + 1), left
+    return grad_logits, grad_v, grad_z[..., 0], grad_y, left
+
+
+def head_scan(x, decay, scale, weight, final, flags) -> tuple[Tensor, Tensor]:
+    """What kernels.cuda.softmax_scan has under this name, but its output is in the dtype of states."""
+    drive = x.to(decay.dtype) * scale[..., None]
+    if flags is not None:
+        drive = torch.where(split_flags(flags)[1][..., None], 0, drive)
+    flat, decays = drive.flatten(2), decay[..., None].expand(drive.shape).flatten(2)
+    _, G, first = scan_backward(decays, flat, final.flatten(1), flags, flat, final.flatten(1), False, False, "auto")
+    return weight[..., None] * G.view(drive.shape), first.view(final.shape)
+
+
+def row_dots(u, v) -> Tensor:
+    """The dot products over the last dimension, in the dtype of states."""
+    return (u.to(state_dtype(u.dtype)) * v).sum(-1)
 
 
 def flipped(*sequences: Tensor | None) -> list[Any]:

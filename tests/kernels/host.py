@@ -27,7 +27,7 @@ import pytest
 
 import linrnn.kernels
 from linrnn.kernels import cuda
-from linrnn.kernels.cuda import DeviceProperties, diagonal_scan, diagonal_step, selective_scan
+from linrnn.kernels.cuda import DeviceProperties, diagonal_scan, diagonal_step, selective_scan, softmax_scan
 
 MODES = ("fibers", "races", "address", "threads")
 SHIM = Path(__file__).parent / "host_shim"
@@ -163,6 +163,7 @@ def _forget_kernels() -> None:
     diagonal_scan._layout.cache_clear()
     diagonal_step._kernel.cache_clear()
     selective_scan._layout.cache_clear()
+    softmax_scan._layout.cache_clear()
 
 
 def build(source: Path, definitions: tuple[str, ...], mode: str, folder: Path) -> tuple[Path, list[str]]:
