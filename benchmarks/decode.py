@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--limit", type=float, default=30.0, help="seconds for one token; longer ones are predicted only"
+        "--limit", type=float, default=15.0, help="seconds for one token; longer ones are predicted only"
     )
     parser.add_argument("--no-write", action="store_true", help="print only")
     args = parser.parse_args()
