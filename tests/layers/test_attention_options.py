@@ -15,6 +15,7 @@ from linrnn.layers.online_softmax import absorb, read_out, softmax_sum
 from linrnn.layers.positions import ALiBi, Interpolation, ReRoPE, RoPE
 
 D = 24
+HALF = {"n_heads": 4, "half_causal": True, "bidirectional": True}
 # name: (arguments, the logits' factor by the number of keys a query sees)
 VARIANTS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Any]]] = {
     "grouped queries": ({"n_heads": 4, "n_kv_heads": 2}, lambda n: 6**-0.5),
@@ -44,15 +45,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Any]]] = {
     ),
     "rerope": ({"n_heads": 4, "n_kv_heads": 2, "positions": ReRoPE(4)}, lambda n: 6**-0.5),
     "leaky rerope": ({"n_heads": 2, "positions": ReRoPE(4, leak=3.0), "scale": 0.4}, lambda n: 0.4),
-    "half causal": ({"n_heads": 4, "half_causal": True, "bidirectional": True}, lambda n: 6**-0.5),
-    "half causal, window": (
-        {"n_heads": 4, "n_kv_heads": 2, "half_causal": True, "bidirectional": True, "window": 3},
-        lambda n: 6**-0.5,
-    ),
-    "half causal, alibi": (
-        {"n_heads": 4, "half_causal": True, "bidirectional": True, "positions": "alibi"},
-        lambda n: 6**-0.5,
-    ),
+    "half causal": (HALF, lambda n: 6**-0.5),
+    "half causal, window": (HALF | {"n_kv_heads": 2, "window": 3}, lambda n: 6**-0.5),
+    "half causal, alibi": (HALF | {"positions": "alibi"}, lambda n: 6**-0.5),
 }
 STEPPABLE = [name for name in VARIANTS if "half" not in name]
 EITHER = [name for name in STEPPABLE if "sink" not in name and "rerope" not in name]
