@@ -143,7 +143,7 @@ def save_plot(found: dict[str, nn.Module], times: dict[str, Times], d_model: int
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     colours = {name: f"C{i}" for i, name in enumerate(found)}
     for axis, (kind, done) in zip(figure.subplots(1, 2, sharex=True), times.items(), strict=True):
@@ -155,7 +155,7 @@ def save_plot(found: dict[str, nn.Module], times: dict[str, Times], d_model: int
                 label = f"{crossing.other}: predicted from {crossing.predicted}"
                 axis.axvline(crossing.predicted, linestyle=":", color=colours[crossing.other], label=label)
             T = crossing.measured[kind]
-            if T is not None:
+            if T is not None and T > min(done[ATTENTION]):
                 label = f"{crossing.other}: measured from {T:.0f}"
                 axis.axvline(T, linestyle="-", linewidth=0.8, color=colours[crossing.other], label=label)
         axis.set_xscale("log", base=2)
@@ -163,7 +163,7 @@ def save_plot(found: dict[str, nn.Module], times: dict[str, Times], d_model: int
         axis.set_title(f"{kind}, D = {d_model}")
         axis.set_xlabel("T")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     figure.axes[0].set_ylabel("microseconds a token")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
