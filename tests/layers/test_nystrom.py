@@ -3,6 +3,7 @@
 The common properties are in test_contract.py.
 """
 
+import copy
 from typing import Any
 
 import pytest
@@ -154,6 +155,19 @@ def test_agrees_with_nystrom_attention() -> None:
         layer.conv.copy_(theirs.res_conv.weight.view(1, 7))
         x = torch.randn(1, 48, D, dtype=torch.float64)
         torch.testing.assert_close(layer(x)[0], theirs(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    """Z magnifies what is rounded: beside weights, projections and output nothing is, to the unit roundoff each."""
+    layer = Nystrom(D, n_landmarks=16, conv_width=None).to(dtype)
+    exact = copy.deepcopy(layer).double()
+    x, mask, reset = torch.randn(2, 300, D).to(dtype), torch.rand(2, 300) < 0.9, torch.rand(2, 300) < 0.02
+    with torch.no_grad():
+        for flags in ({}, {"mask": mask}, {"mask": mask, "reset": reset}):
+            y, wanted = layer(x, **flags)[0], exact(x.double(), **flags)[0]
+            error = (y.double() - wanted)[mask].square().mean() / wanted[mask].square().mean()
+            assert y.dtype == dtype and error.sqrt() < torch.finfo(dtype).eps
 
 
 def test_other_rows_and_heads_change_nothing() -> None:
