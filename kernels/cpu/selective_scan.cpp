@@ -25,7 +25,7 @@ struct LinrnnSelectiveScan {
   const void* grad_final_state;
   LinrnnView grad_x, grad_dt;
   void *grad_A, *grad_initial_state;  // (B, D, N)
-  void *grad_B, *grad_C;              // (parts, B, T, G, N), zero: each part sums over its own channels
+  void *grad_B, *grad_C;              // (parts, B, T, G, N), zero: a part sums over its own channels of every group
   int64_t parts, type, threads;
 };
 
@@ -290,15 +290,15 @@ void forward(const Args& args) {
 // Strips of one part follow each other on one thread, in one order whatever the number of threads: sums are the same.
 template <class R, int P>
 void backward(const Args& args) {
-  const int64_t strips = args.G * Strip<R, P>::per_group(args);
+  const int64_t strips = Strip<R, P>::per_group(args);
   std::atomic<int64_t> next{0};
   run_parallel(int(args.threads), [&](int, int) {
     KernelScope scope;
     Strip<R, P> strip(args, true);
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < args.B * args.parts;) {
-      const int64_t b = i / args.parts, part = i % args.parts;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < args.B * args.G * args.parts;) {
+      const int64_t b = i / args.parts / args.G, group = i / args.parts % args.G, part = i % args.parts;
       for (int64_t k = part * strips / args.parts; k < (part + 1) * strips / args.parts; ++k) {
-        strip.place(b, k);
+        strip.place(b, group * strips + k);
         strip.backward(part);
       }
     }

@@ -59,7 +59,8 @@ def backward(
     grad_y, checkpoints = rows(grad_y.to(x.dtype)), checkpoints.contiguous()
     grad_x, grad_dt = torch.empty_like(x), torch.empty_like(x)
     grad_A, grad_s = (A.new_empty((x.shape[0], *A.shape)) for _ in range(2))
-    parts = min(MAX_PARTS, max(1, x.shape[2] // 32))
+    groups = B.shape[2]
+    parts = max(1, min(MAX_PARTS // groups, x.shape[2] // groups // 32))
     grad_B, grad_C = (B.new_zeros((parts, *B.shape)) for _ in range(2))
     _launch(
         library().linrnn_selective_scan_backward,

@@ -1,6 +1,8 @@
 """The contract of every layer: a sequence in pieces, whole, or token by token, with one answer."""
 
+import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -169,6 +171,11 @@ def positive_int(name: str, value: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
     return value
+
+
+def finite(*values: object) -> bool:
+    """Returns whether all values are finite real numbers: what a range check may compare."""
+    return all(isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) for v in values)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

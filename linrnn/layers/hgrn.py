@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, positive_int
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, finite, positive_int
 from linrnn.layers.heads import HeadNorm
 from linrnn.layers.ring import last_of_document
 from linrnn.layers.token_shift import layer_ratios
@@ -92,8 +92,8 @@ class HGRN(RecurrentLayer):
             layer_ratios(layer_index, lower_bound.n_layers)
             if lower_bound.d_state != N:
                 raise ValueError(f"lower_bound: expected bounds of d_state = {N} channels, got {lower_bound.d_state}")
-        elif not 0 <= lower_bound < 1:
-            raise ValueError(f"lower_bound: expected a number in [0, 1) or LowerBounds, got {lower_bound}")
+        elif not finite(lower_bound) or not 0 <= lower_bound < 1:
+            raise ValueError(f"lower_bound: expected a number in [0, 1) or LowerBounds, got {lower_bound!r}")
         elif layer_index != 0:
             raise ValueError(f"layer_index: expected 0 where lower_bound is a number, got {layer_index!r}")
         reals = 2 * N if complex else N

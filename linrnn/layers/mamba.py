@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, positive_int
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, finite, positive_int
 from linrnn.layers.short_conv import ShortConv
 from linrnn.layers.time_step import check_time_steps, dt_bias_
 from linrnn.ops import selective_scan
@@ -76,8 +76,8 @@ class Mamba(RecurrentLayer):
         self.dt_rank = -(-d_model // 16) if dt_rank is None else positive_int("dt_rank", dt_rank)
         check_time_steps(dt_min, dt_max)
         for name, value in (("dt_scale", dt_scale), ("dt_init_floor", dt_init_floor)):
-            if not value > 0:
-                raise ValueError(f"{name}: expected a number > 0, got {value}")
+            if not finite(value) or not value > 0:
+                raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
         self.dt_min, self.dt_max, self.dt_scale, self.dt_init_floor = dt_min, dt_max, dt_scale, dt_init_floor
         self.bcdt_norm = bcdt_norm
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)

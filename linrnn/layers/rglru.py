@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, finite
 from linrnn.layers.heads import count_heads, merge_heads, split_heads
 from linrnn.ops import diagonal_scan
 
@@ -53,8 +53,8 @@ class RGLRU(RecurrentLayer):
     def __init__(self, d_model: int, *, n_heads: int | None = None, r_min: float = 0.9, r_max: float = 0.999):
         super().__init__(d_model)
         self.n_heads = count_heads(d_model, n_heads)
-        if not 0 < r_min <= r_max < 1:
-            raise ValueError(f"r_min, r_max: expected 0 < r_min <= r_max < 1, got {r_min}, {r_max}")
+        if not finite(r_min, r_max) or not 0 < r_min <= r_max < 1:
+            raise ValueError(f"r_min, r_max: expected 0 < r_min <= r_max < 1, got {r_min!r}, {r_max!r}")
         self.r_min, self.r_max = r_min, r_max
         H, K = self.n_heads, d_model // self.n_heads
         self.recurrent_param = nn.Parameter(torch.empty(d_model))

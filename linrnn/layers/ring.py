@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, accumulation_dtype, blank_padding, positive_int
+from linrnn.layers.base import RecurrentLayer, State, accumulation_dtype, blank_padding, finite, positive_int
 from linrnn.ops import diagonal_scan
 
 
@@ -34,12 +34,12 @@ class RingRNN(RecurrentLayer):
     ):
         super().__init__(d_model, causal=not bidirectional)
         self.d_state = positive_int("d_state", d_state)
-        if not 0 <= r_min <= r_max < 1 or r_max == 0:
-            raise ValueError(f"r_min, r_max: expected 0 <= r_min <= r_max < 1 and r_max > 0, got {r_min}, {r_max}")
+        if not finite(r_min, r_max) or not 0 <= r_min <= r_max < 1 or r_max == 0:
+            raise ValueError(f"r_min, r_max: expected 0 <= r_min <= r_max < 1 and r_max > 0, got {r_min!r}, {r_max!r}")
         if bidirectional and d_state % 2:
             raise ValueError(f"d_state: a bidirectional layer splits its states in two, expected even, got {d_state}")
-        if not 0 < lr_scale <= 1:
-            raise ValueError(f"lr_scale: expected a number in (0, 1], got {lr_scale}")
+        if not finite(lr_scale) or not 0 < lr_scale <= 1:
+            raise ValueError(f"lr_scale: expected a number in (0, 1], got {lr_scale!r}")
         self.r_min, self.r_max, self.lr_scale = r_min, r_max, lr_scale
         self.nu_log = nn.Parameter(torch.empty(d_state))
         self.gamma_log = nn.Parameter(torch.empty(d_state))

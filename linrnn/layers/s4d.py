@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, positive_int
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, finite, positive_int
 from linrnn.layers.hippo import (
     DISCRETISATIONS,
     INITS,
@@ -81,8 +81,8 @@ class S4D(RecurrentLayer):
         check_choice("output", output, ("glu", "linear", None))
         check_choice("mode", mode, ("auto", "chunk", "conv", "scan"))
         check_time_steps(dt_min, dt_max)
-        if not 0 < lr_scale <= 1:
-            raise ValueError(f"lr_scale: expected a number in (0, 1], got {lr_scale}")
+        if not finite(lr_scale) or not 0 < lr_scale <= 1:
+            raise ValueError(f"lr_scale: expected a number in (0, 1], got {lr_scale!r}")
         self.init, self.disc, self.mode, self.lr_scale = init, disc, mode, lr_scale
         self.dt_min, self.dt_max = dt_min, dt_max
         pairs = self.d_state // 2

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, positive_int
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, finite, positive_int
 from linrnn.layers.hippo import DISCRETISATIONS, check_choice, discretize, exact_dtype, inside_circle, normal_legs
 from linrnn.layers.ring import last_of_document
 from linrnn.layers.time_step import check_time_steps
@@ -82,8 +82,8 @@ class S5(RecurrentLayer):
         check_choice("disc", disc, DISCRETISATIONS)
         check_choice("activation", activation, ACTIVATIONS)
         check_time_steps(dt_min, dt_max)
-        if not 0 < lr_scale <= 1:
-            raise ValueError(f"lr_scale: expected a number in (0, 1], got {lr_scale}")
+        if not finite(lr_scale) or not 0 < lr_scale <= 1:
+            raise ValueError(f"lr_scale: expected a number in (0, 1], got {lr_scale!r}")
         self.blocks, self.conj_sym, self.clip_eigs, self.disc = blocks, conj_sym, clip_eigs, disc
         self.dt_min, self.dt_max, self.activation, self.lr_scale = dt_min, dt_max, activation, lr_scale
         P = self.d_state // 2 if conj_sym else self.d_state

@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from linrnn.layers.base import finite
+
 
 def check_time_steps(dt_min: float, dt_max: float) -> None:
-    """Raises ValueError unless 0 < dt_min <= dt_max."""
-    if not 0 < dt_min <= dt_max:
-        raise ValueError(f"dt_min, dt_max: expected 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
+    """Raises ValueError unless 0 < dt_min <= dt_max < inf."""
+    if not finite(dt_min, dt_max) or not 0 < dt_min <= dt_max:
+        raise ValueError(f"dt_min, dt_max: expected 0 < dt_min <= dt_max < inf, got {dt_min!r}, {dt_max!r}")
 
 
 def dt_bias_(dt_bias: Tensor, dt_min: float, dt_max: float, floor: float = 0.0) -> None:

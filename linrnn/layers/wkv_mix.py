@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, positive_int
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, finite, positive_int
 from linrnn.layers.ring import ring_init_
 from linrnn.ops import WKVState, wkv
 from linrnn.ops._running_max import nothing
@@ -23,10 +23,10 @@ class WKVMix(RecurrentLayer):
     def __init__(self, d_model: int, *, d_state: int | None, r_min: float, r_max: float, lr_scale: float):
         super().__init__(d_model)
         self.d_state = self.d_model if d_state is None else positive_int("d_state", d_state)
-        if not 0 <= r_min <= r_max < 1 or r_max == 0:
-            raise ValueError(f"r_min, r_max: expected 0 <= r_min <= r_max < 1 and r_max > 0, got {r_min}, {r_max}")
-        if not 0 < lr_scale <= 1:
-            raise ValueError(f"lr_scale: expected a number in (0, 1], got {lr_scale}")
+        if not finite(r_min, r_max) or not 0 <= r_min <= r_max < 1 or r_max == 0:
+            raise ValueError(f"r_min, r_max: expected 0 <= r_min <= r_max < 1 and r_max > 0, got {r_min!r}, {r_max!r}")
+        if not finite(lr_scale) or not 0 < lr_scale <= 1:
+            raise ValueError(f"lr_scale: expected a number in (0, 1], got {lr_scale!r}")
         self.r_min, self.r_max, self.lr_scale = r_min, r_max, lr_scale
         self.nu_log = nn.Parameter(torch.empty(self.d_state))
         self.gamma_log = nn.Parameter(torch.empty(self.d_state))

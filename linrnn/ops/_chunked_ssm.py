@@ -51,9 +51,7 @@ def chunked_ssm(log_a, b, c, x, h0, reset, mask, length: int, conv: bool):
     powers = _powers(log_a, C, b.dtype)  # (D, C + 1, N)
     written = b[:, None] * powers[:, :C]
     write = to_pairs(written.flip(1))  # (D, C, M): what a token leaves at the end of its chunk
-    read = to_pairs(
-        (c[:, None] * powers[:, 1:]).conj()
-    ).mT  # (D, M, C): what a token sees of the state before its chunk
+    read = conj_pairs(c[:, None] * powers[:, 1:]).mT  # (D, M, C): what a token sees of the state before its chunk
 
     u = (rows @ write).unflatten(1, (B, n)).permute(1, 2, 0, 3)  # (B, n, D, M)
     u = from_pairs(u, b.dtype).flatten(2)  # (B, n, D N)
@@ -70,7 +68,7 @@ def chunked_ssm(log_a, b, c, x, h0, reset, mask, length: int, conv: bool):
             starts = h0[:, None] * _exp_multiples(log_a, C, n, b.dtype).transpose(0, 1)  # (B, n, D, N)
             y = y + _tokens(_rows(starts) @ read, B, n)
     else:
-        answer = (to_pairs(written) @ to_pairs(c.conj())[..., None])[..., 0]  # (D, C)
+        answer = (to_pairs(written) @ conj_pairs(c)[..., None])[..., 0]  # (D, C)
         y = _tokens(torch.baddbmm(rows @ _toeplitz(answer), _rows(before), read), B, n)
 
     if layout is None:
@@ -119,7 +117,7 @@ def response(log_a: Tensor, b: Tensor, c: Tensor, T: int) -> Tensor:
     s = _root(T)
     powers = _exp_multiples(log_a, 1, s, b.dtype)  # (D, s, N)
     starts = (c * b)[:, None] * _exp_multiples(log_a, s, -(-T // s), b.dtype)
-    return (to_pairs(starts) @ to_pairs(powers.conj()).mT).flatten(1)[:, :T]
+    return (to_pairs(starts) @ conj_pairs(powers).mT).flatten(1)[:, :T]
 
 
 def exponential(z: Tensor) -> Tensor:
@@ -131,8 +129,13 @@ def exponential(z: Tensor) -> Tensor:
 
 
 def to_pairs(z: Tensor) -> Tensor:
-    """(..., N) to (..., M) real. Re(sum c h) is the sum of the products of the pairs of conj(c) and h."""
+    """(..., N) to (..., M) real."""
     return torch.view_as_real(z.resolve_conj()).flatten(-2) if z.is_complex() else z
+
+
+def conj_pairs(c: Tensor) -> Tensor:
+    """The pairs of conj(c): Re(sum c h) is the sum of their products with those of h."""
+    return torch.stack((c.real, -c.imag), -1).flatten(-2) if c.is_complex() else c
 
 
 def from_pairs(v: Tensor, dtype: torch.dtype) -> Tensor:

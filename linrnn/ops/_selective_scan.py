@@ -168,18 +168,23 @@ def _gradients(x, dt, A, B, C, flags, checkpoints, grad_y, grad_last, spacing, b
         args = (x, dt, A, B, C, flags, checkpoints, grad_y, grad_last, spacing)
         grads = attempt(backend, _launcher(chosen).backward, *args)
         if grads is not None:
-            return tuple(g.to(v.dtype) for g, v in zip(grads, (x, dt, A, B, C, A), strict=True))
-    grad_x, grad_dt, grad_A, grad_B, grad_C = (torch.zeros_like(v) for v in (x, dt, A, B, C))
+            return tuple(_in_dtype_of(v, g) for g, v in zip(grads, (x, dt, A, B, C, A), strict=True))
+    grad_x, grad_dt, grad_A, grad_B, grad_C = (v.new_zeros(v.shape) for v in (x, dt, A, B, C))
     grad_s = A.new_zeros((x.shape[0], *A.shape)) if grad_last is None else grad_last.clone()
     for piece in reversed(list(_pieces(x, A.shape[1], spacing))):
         x_piece, dt_piece, B_piece, C_piece, flags_piece, grad_piece = _cut(piece, x, dt, B, C, flags, grad_y)
         state = checkpoints[:, piece.start // spacing]
         found = _adjoint(x_piece, dt_piece, A, B_piece, C_piece, state, flags_piece, grad_piece, grad_s)
         for total, part in zip((grad_x, grad_dt, grad_B, grad_C), (*found[:2], *found[3:5]), strict=True):
-            total[:, piece] = part
+            total[:, piece] = _in_dtype_of(total, part)
         grad_A += found[2]
         grad_s = found[5]
     return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_s
+
+
+def _in_dtype_of(v: Tensor, grad: Tensor) -> Tensor:
+    """The gradient in v's dtype; of a real B or C beside a complex A, the real part."""
+    return (grad.real if grad.is_complex() and not v.is_complex() else grad).to(v.dtype)
 
 
 @torch.library.custom_op("linrnn::selective_scan", mutates_args=())

@@ -6,13 +6,14 @@ from torch.utils.checkpoint import checkpoint
 
 from linrnn.kernels import state_dtype
 from linrnn.ops import _inputs
-from linrnn.ops._chunked_ssm import chunked_ssm, exponential, lay_out, response, take, to_pairs
+from linrnn.ops._chunked_ssm import chunked_ssm, conj_pairs, exponential, lay_out, response, take, to_pairs
 from linrnn.ops.diagonal_scan import diagonal_scan
 from linrnn.ops.fft_conv import fft_conv
 
 MODES = ("auto", "chunk", "conv", "scan", "reference")
 SHORT, FEW = 8, 128  # tokens of a sequence, and of all; fewer do not pay for the matrices of a chunk
 BATCH = 4  # sequences that share the transform of their two kernels; fewer do not pay for it
+NOTHING = -1e4  # the least log_a: its exponential is zero in any precision
 PIECE = 2**22  # numbers in the states that the form "scan" holds at once
 
 
@@ -77,7 +78,7 @@ def diagonal_ssm(
     sizes = _check(log_a, b, c, x, initial_state, reset, mask, mode)
     B, T, D, N = (sizes[letter] for letter in "BTDN")
     real, wide = _dtypes(x, log_a, b, c)
-    b, c = b.to(wide), c.to(wide)
+    log_a, b, c = bounded(log_a), b.to(wide), c.to(wide)
     if initial_state is not None:
         initial_state = _inputs.widen("initial_state", initial_state, wide)
     if T == 0 or B == 0:
@@ -133,6 +134,7 @@ def diagonal_ssm_bidirectional(
         y_reverse, _ = diagonal_ssm(log_a, b, c_reverse, x.flip(1), reset=reset, mask=mask, mode=mode)
         return y + y_reverse.flip(1)
     real, wide = _dtypes(x, log_a, b, c, c_reverse)
+    log_a = bounded(log_a)
     with _inputs.full_precision(x.device.type):
         kernels = [response(log_a, b.to(wide), v.to(wide), T) for v in (c, c_reverse)]
         if mask is None:
@@ -176,7 +178,14 @@ def _scan(log_a, b, c, x, h, reset, mask):
 def _scan_piece(a, b, c, x, h, reset, mask):
     u = (b * x[..., None]).flatten(2)  # (B, T, D N)
     hs, h = diagonal_scan(a, u, h, reset=reset, mask=mask)
-    return (to_pairs(hs.unflatten(2, b.shape)) * to_pairs(c.conj())).sum(-1), h
+    return (to_pairs(hs.unflatten(2, b.shape)) * conj_pairs(c)).sum(-1), h
+
+
+def bounded(log_a: Tensor) -> Tensor:
+    """log_a whose multiples exist: -inf, which forgets all, becomes a number whose exponential is zero all the same."""
+    if log_a.is_complex():
+        return torch.complex(log_a.real.clamp(min=NOTHING), torch.where(log_a.real.isneginf(), 0, log_a.imag))
+    return log_a.clamp(min=NOTHING)
 
 
 def _dtypes(x: Tensor, *coefficients: Tensor) -> tuple[torch.dtype, torch.dtype]:

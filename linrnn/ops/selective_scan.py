@@ -61,8 +61,8 @@ def selective_scan(
         reset: (B, T) bool; where True the state is zeroed before token t.
         mask: (B, T) bool, True on real tokens. A padded token leaves the state unchanged, whatever stands there, and
             its output is 0.
-        backend: "auto", "reference", "torch", "cpu" or "cuda". "torch" runs in pieces of time, so that its memory is
-            bounded too.
+        backend: "auto", "reference", "torch", "cpu" or "cuda". "torch" runs in pieces of time: its memory does not grow
+            with T, but for what it returns.
 
     Returns:
         y, (B, T, D), in the common dtype of x and z; and the final state, (B, D, N), in at least float32.
@@ -98,7 +98,7 @@ def selective_scan(
         else:
             y, state = scan(x, dt, A, B, C, initial_state, flags_of(reset, mask), backend)
         if D is not None:
-            y = y + D * x
+            y = y + D.to(real) * x
         if z is not None:
             y = y * F.silu(z.to(real))
         return y.to(out_dtype), state

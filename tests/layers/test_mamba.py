@@ -183,9 +183,12 @@ def test_what_does_not_decay() -> None:
         ({"expand": 1.5}, "expand: expected an integer >= 1, got 1.5"),
         ({"dt_rank": 0}, "dt_rank: expected an integer >= 1, got 0"),
         ({"dt_rank": "auto"}, "dt_rank: expected an integer >= 1, got 'auto'"),
-        ({"dt_min": 0.2}, "dt_min, dt_max: expected 0 < dt_min <= dt_max, got 0.2, 0.1"),
-        ({"dt_scale": 0.0}, "dt_scale: expected a number > 0, got 0.0"),
-        ({"dt_init_floor": -1e-4}, "dt_init_floor: expected a number > 0, got -0.0001"),
+        ({"dt_min": 0.2}, "dt_min, dt_max: expected 0 < dt_min <= dt_max < inf, got 0.2, 0.1"),
+        ({"dt_max": float("inf")}, "dt_min, dt_max: expected 0 < dt_min <= dt_max < inf, got 0.001, inf"),
+        ({"dt_max": "0.1"}, "dt_min, dt_max: expected 0 < dt_min <= dt_max < inf, got 0.001, '0.1'"),
+        ({"dt_init_floor": float("inf")}, "dt_init_floor: expected a finite number > 0, got inf"),
+        ({"dt_scale": 0.0}, "dt_scale: expected a finite number > 0, got 0.0"),
+        ({"dt_init_floor": -1e-4}, "dt_init_floor: expected a finite number > 0, got -0.0001"),
     ],
 )
 def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:

@@ -95,7 +95,7 @@ def test_initialisation() -> None:
         ({"d_head": 0}, "d_head: expected an integer >= 1, got 0"),
         ({"n_groups": 3}, "n_groups: expected a divisor of the number of heads, 4, got 3"),
         ({"A_range": (0.0, 1.0)}, r"A_range: expected 0 < lower <= upper, got \(0.0, 1.0\)"),
-        ({"dt_min": 0.2}, "dt_min, dt_max: expected 0 < dt_min <= dt_max, got 0.2, 0.1"),
+        ({"dt_min": 0.2}, "dt_min, dt_max: expected 0 < dt_min <= dt_max < inf, got 0.2, 0.1"),
         ({"d_model": 5}, "d_head: a width of 10 is no 4 or more heads of 4, 8, ... 64; give d_head"),
     ],
 )

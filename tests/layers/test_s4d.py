@@ -192,8 +192,9 @@ def test_optimiser_hints() -> None:
         ({"disc": "dss"}, r"disc: expected one of 'zoh', 'bilinear', got 'dss'"),
         ({"output": "gelu"}, r"output: expected one of 'glu', 'linear', None, got 'gelu'"),
         ({"mode": "fft"}, r"mode: expected one of 'auto', 'chunk', 'conv', 'scan', got 'fft'"),
-        ({"dt_min": 0.0}, r"dt_min, dt_max: expected 0 < dt_min <= dt_max, got 0\.0, 0\.1"),
+        ({"dt_min": 0.0}, r"dt_min, dt_max: expected 0 < dt_min <= dt_max < inf, got 0\.0, 0\.1"),
         ({"dt_max": 1e-4}, "dt_min, dt_max: .* got 0.001, 0.0001"),
+        ({"lr_scale": None}, r"lr_scale: expected a number in \(0, 1\], got None"),
         ({"lr_scale": 2.0}, r"lr_scale: expected a number in \(0, 1\], got 2\.0"),
     ],
 )

@@ -67,6 +67,38 @@ def test_a_thousand_tokens():
         assert_same(ssm(mode), ssm("reference"), inputs, tolerance=1e-10)
 
 
+@pytest.mark.parametrize("mode", ("scan", "chunk", "conv"))
+@pytest.mark.parametrize("kind", ("real", "complex"))
+def test_a_decay_to_nothing(mode, kind):
+    """log_a = -inf: the state is what the token writes, in every form and with every gradient."""
+    log_a, b, c, x, h = (v.detach() for v in make(150))
+    if kind == "real":
+        log_a, b, c, h = (v.real.contiguous() for v in (log_a, b, c, h))
+    log_a = log_a.clone()
+    log_a[0, 0] = -torch.inf
+    inputs = tuple(v.requires_grad_() for v in (log_a, b, c, x, h))
+    y, last = diagonal_ssm(*inputs, mode=mode)
+    finite = log_a.detach().clone()
+    finite[0, 0] = -800
+    expected, last_expected = diagonal_ssm(finite, *inputs[1:], mode="reference")
+    torch.testing.assert_close((y, last), (expected, last_expected), rtol=1e-10, atol=1e-10)
+    grads = torch.autograd.grad(y.sum() + last.abs().sum(), inputs)
+    assert all(torch.view_as_real(g).isfinite().all() if g.is_complex() else g.isfinite().all() for g in grads)
+
+
+def test_gradients_of_every_sample():
+    """torch.func's vmap of grad, in the form "scan" that short inputs take and in chunks."""
+    log_a, b, c, x, _ = (v.detach() for v in make(9))
+
+    def loss(c, x, mode):
+        return diagonal_ssm(log_a, b, c, x[None], mode=mode)[0].square().sum()
+
+    for mode in ("scan", "chunk"):
+        each = torch.func.vmap(torch.func.grad(lambda c, x, m=mode: loss(c, x, m)), in_dims=(None, 0))(c, x)
+        apart = torch.stack([torch.func.grad(lambda c, x, m=mode: loss(c, x, m))(c, row) for row in x])
+        torch.testing.assert_close(each, apart)
+
+
 def test_the_loop_is_the_convolution_with_its_response():
     log_a, b, c, x, _ = make(40)
     kernel = (c * torch.exp(log_a * torch.arange(40)[:, None, None]) * b).real.sum(-1)  # (T, D)

@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from linrnn.ops import BackendUnavailable, _selective_scan, diagonal_scan, selective_scan
 
 FAST = ("torch", "cpu")
+SHAPES = ((2, 1, 3, 1, 1), (3, 63, 4, 16, 2), (1, 200, 33, 2, 1), (1, 70, 70, 3, 2), (1, 66, 40, 2, 20))
 COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
 
@@ -64,7 +65,9 @@ def assert_equals_the_loop(backend: str, inputs: dict, options: dict) -> None:
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("of_A", ("real", "complex"))
 @pytest.mark.parametrize("flags", (0, 1, 2, 3), ids=("plain", "reset", "mask", "reset+mask"))
-@pytest.mark.parametrize("shape", ((2, 1, 3, 1, 1), (3, 63, 4, 16, 2), (1, 200, 33, 2, 1), (1, 70, 70, 3, 2)))
+@pytest.mark.parametrize(
+    "shape", ((2, 1, 3, 1, 1), (3, 63, 4, 16, 2), (1, 200, 33, 2, 1), (1, 70, 70, 3, 2), (1, 66, 40, 2, 20))
+)
 def test_equals_the_loop(backend, of_A, flags, shape, monkeypatch):
     monkeypatch.setattr(_selective_scan, "PIECE", 1)  # the torch form in as many pieces as it can be
     assert_equals_the_loop(backend, *make(*shape, of_A=of_A, flags=flags))
@@ -240,6 +243,28 @@ def test_compiles_and_exports(flags):
 
     exported = torch.export.export(Module(), (inputs["x"],)).module()
     torch.testing.assert_close(exported(inputs["x"]), Module()(inputs["x"]))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_compiles_with_inputs_in_any_layout(backend):
+    """Gradients of x with time innermost come out as the operator promises, and are those of eager code."""
+    inputs, options = make(T=70)
+    inputs["x"] = inputs["x"].mT.contiguous().mT
+    x = inputs["x"].requires_grad_()
+
+    def loss(x):
+        return selective_scan(**(inputs | {"x": x}), **options, backend=backend)[0].square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(loss(x), x))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_real_B_and_C_beside_a_complex_A(backend):
+    """No warning of a discarded imaginary part, and real gradients."""
+    inputs, options = make(of_A="complex")
+    inputs |= {name: inputs[name].real.contiguous() for name in ("B", "C")}
+    assert_equals_the_loop(backend, inputs, options)
 
 
 def test_operator_contract():
