@@ -14,6 +14,12 @@ def nothing(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).min / 8
 
 
+def finite_exponent(exponent: Tensor) -> Tensor:
+    """The exponents that units are made of: no infinity or NaN, which would outlive a reset (a finite decay)."""
+    none = nothing(exponent.dtype)
+    return exponent.clamp(none, -none / 2).nan_to_num(none)
+
+
 def mark_flags(
     exponent: Tensor, log_decay: Tensor | None, reset: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -42,7 +48,7 @@ def running_max(exponent: Tensor, log_decay: Tensor | None, initial: Tensor) -> 
         m, (B, T, ...), and how much every step rescales what came before, log_decay_t + m_{t-1} - m_t, at most 0 and
         with the gradient of log_decay.
     """
-    x, s = exponent.detach(), initial.detach()
+    x, s = finite_exponent(exponent.detach()), initial.detach()
     before = torch.cat((s[:, None], _scan(x, None if log_decay is None else log_decay.detach(), s)), 1)
     m, m_before = before[:, 1:], before[:, :-1]
     change = m_before - m
@@ -90,6 +96,7 @@ def units(exponent: Tensor, log_decay: Tensor | None, initial: Tensor, m: Tensor
     """
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and unwatched((exponent, initial)):
         return m[:, -1].clone(), torch.ones_like(initial)
+    exponent = finite_exponent(exponent)
     if log_decay is None:
         last = torch.maximum(initial, exponent.amax(1))
     else:

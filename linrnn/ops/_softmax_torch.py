@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linrnn.kernels import state_dtype
 from linrnn.ops._chunked_scan import split_flags
-from linrnn.ops._running_max import mark_flags, nothing, running_max, units
+from linrnn.ops._running_max import finite_exponent, mark_flags, nothing, running_max, units
 from linrnn.ops._scan_autograd import scan_backward, scan_forward
 from linrnn.ops.diagonal_scan import diagonal_scan
 
@@ -158,8 +158,7 @@ def _past(v: Tensor, state: State | None) -> State:
 
 def _exponent(logits: Tensor, flags: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """What `running_max` takes, finite so that a reset cuts off all that was before it; and reset and mask (B, T)."""
-    none = nothing(logits.dtype)
-    exponent = logits.clamp(none, -none / 2).nan_to_num(none)
+    exponent = finite_exponent(logits)
     if flags is None:
         return exponent, None, None, None
     reset, padded = (flag[..., 0] for flag in split_flags(flags))

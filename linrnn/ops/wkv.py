@@ -110,8 +110,8 @@ def _scanned(k, v, w, u, state: WKVState, reset, mask, backend: str) -> tuple[Te
     if w.is_complex():
         turn = w.imag if mask is None else torch.where(mask[..., None], w.imag, 0)
         numerator_decay = torch.polar(denominator_decay, turn.expand(k.shape))
-    a, a_last = diagonal_scan(numerator_decay, weight * v, state.a * initial_unit, backend=backend)
-    b, b_last = diagonal_scan(denominator_decay, weight, state.b * initial_unit, backend=backend)
+    a, a_last = diagonal_scan(numerator_decay, weight * v, state.a * initial_unit, reset=reset, backend=backend)
+    b, b_last = diagonal_scan(denominator_decay, weight, state.b * initial_unit, reset=reset, backend=backend)
 
     a, b = (
         torch.cat((state.a[:, None] * initial_unit[:, None], a[:, :-1]), 1),

@@ -35,6 +35,21 @@ def test_equals_the_formula_for_keys_of_any_size(key_size, dtype, tolerance):
         assert (o >= inputs[1].cummin(1).values - tolerance).all()
 
 
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf))
+@pytest.mark.parametrize("of", ("k", "v"))
+def test_nothing_reaches_over_a_reset(bad, of):
+    k, v, w, u = make()
+    reset = torch.zeros(B, T, dtype=torch.bool)
+    reset[:, 40] = True
+    broken = {"k": k.clone(), "v": v.clone()}
+    broken[of][:, 7] = bad
+    clean, clean_state = wkv(k, v, w, u, reset=reset)
+    for inputs in (tuple(broken.values()), tuple(x.requires_grad_() for x in broken.values())):
+        o, state = wkv(*inputs, w, u, reset=reset)
+        torch.testing.assert_close(o[:, 40:], clean[:, 40:])
+        torch.testing.assert_close(tuple(state), tuple(clean_state))
+
+
 def test_is_the_ratio_of_two_diagonal_scans():
     k, v, w, u = make()
     a, _ = diagonal_scan(w.exp(), k.exp() * v)
