@@ -98,10 +98,11 @@ def units(exponent: Tensor, log_decay: Tensor | None, initial: Tensor, m: Tensor
         return m[:, -1].clone(), torch.ones_like(initial)
     exponent = finite_exponent(exponent)
     if log_decay is None:
-        last = torch.maximum(initial, exponent.amax(1))
+        every = torch.cat((initial[:, None], exponent), 1)
     else:
         w = log_decay.expand(exponent.shape)
         later = w.flip(1).cumsum(1).flip(1)  # tokens t to T-1
         after = torch.cat((later[:, 1:], torch.zeros_like(later[:, :1])), 1)
-        last = torch.maximum(initial + later[:, 0], (exponent + after).amax(1))
+        every = torch.cat(((initial + later[:, 0])[:, None], exponent + after), 1)
+    last = every.gather(1, every.argmax(1, keepdim=True)).squeeze(1)  # of equal ones the first has the gradient
     return last, (m[:, -1] - last).exp()
