@@ -1,17 +1,21 @@
 """What to keep between two tokens of a softmax attention model: five ways, one class each, all of them exact."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from linrnn.decode._stack import AttentionStack, blocks, tile_ranges
-from linrnn.decode.state import leaves, nbytes
+from linrnn.decode.state import nbytes
 from linrnn.layers.base import State
 
 
 class Memory:
     """Reads tokens and gives what the head reads at the last of them, or at each.
+
+    `read` changes nothing that a later one builds on, `commit` keeps what it gave: whatever happens in between (out of
+    memory, an interrupt), the memory is as it was.
 
     `state_bytes` is what is held between two calls, or, in the middle of one, the most that is held whatever the
     evaluation at hand needs for itself. `id_bytes` are the token ids, where those are read again.
@@ -19,10 +23,24 @@ class Memory:
 
     def __init__(self, stack: AttentionStack, block_size: int):
         self.stack, self.block_size, self.length = stack, block_size, 0
+        self.kept: Any = None
+
+    def read(self, ids: Tensor, every: bool) -> tuple[Tensor, Any]:
+        """Maps n more ids (B, n) to the features of the last (B, 1, D), or of every one of them (B, n, D).
+
+        Besides, what is to be kept.
+        """
+        raise NotImplementedError
+
+    def commit(self, n: int, kept: Any) -> None:
+        """Keeps what reading n more tokens gave."""
+        self.length, self.kept = self.length + n, kept
 
     def extend(self, ids: Tensor, every: bool) -> Tensor:
-        """Maps n more ids (B, n) to the features of the last (B, 1, D), or of every one of them (B, n, D)."""
-        raise NotImplementedError
+        """Reads and commits."""
+        features, kept = self.read(ids, every)
+        self.commit(ids.shape[1], kept)
+        return features
 
     @property
     def state_bytes(self) -> int:
@@ -41,73 +59,72 @@ class Memory:
 class KVCache(Memory):
     """Keys and values of every layer: the model's own state."""
 
-    def __init__(self, stack: AttentionStack, block_size: int):
-        super().__init__(stack, block_size)
-        self.state: State = None
-
-    def extend(self, ids: Tensor, every: bool) -> Tensor:
-        stack = self.stack
+    def read(self, ids: Tensor, every: bool) -> tuple[Tensor, State]:
+        stack, state, end = self.stack, self.kept, ids.shape[1]
         features: list[Tensor] = []
-        for low, high in blocks(0, ids.shape[1], self.block_size):
-            h, self.state = stack.model.features(ids[:, low:high], self.state)
+        for low, high in blocks(0, end, self.block_size):
+            h, state = stack.model.features(ids[:, low:high], state)
             for level in range(stack.n_layers + 1):
                 stack.evaluations[level] += 1
-            features = [*features, h] if every else [h[:, -1:]]
-        self.length += ids.shape[1]
-        return torch.cat(features, 1)
+            if every or high == end:
+                features.append(h if every else h[:, -1:].clone())
+            del h  # before the next block is evaluated
+        return torch.cat(features, 1), state
 
     @property
     def state_bytes(self) -> int:
-        return nbytes(self.state)
+        return nbytes(self.kept)
 
 
 class InputCache(Memory):
     """What the attention of every layer reads, in pages of block_size tokens: keys and values are made of it again."""
 
-    def __init__(self, stack: AttentionStack, block_size: int):
-        super().__init__(stack, block_size)
-        self.pages: list[list[Tensor]] = [[] for _ in range(stack.n_layers)]
-
-    def extend(self, ids: Tensor, every: bool) -> Tensor:
+    def read(self, ids: Tensor, every: bool) -> tuple[Tensor, list[list[Tensor]]]:
         stack, end = self.stack, self.length + ids.shape[1]
+        # lists of its own; of a page that is shared with what is kept, columns behind its end are all that is written
+        pages = [list(layer) for layer in self.kept or [[]] * stack.n_layers]
         features: list[Tensor] = []
         for low, high in blocks(self.length, end, self.block_size):
-            x = stack.embed(ids[:, low - self.length : high - self.length])
-            for level in range(1, stack.n_layers + 1):
-                u = stack.mixed(level, x)
-                if level < stack.n_layers or every or high == end:
-                    frame = stack.open(level, x, low)
-                    for start, stop in self.tiles(level, low):
-                        page = self.pages[level - 1][start // self.block_size][:, : stop - start]
-                        stack.attend(level, frame, *stack.keys_values(level, page, start), start)
-                    x = stack.close(level, frame)
-                self.keep(level, u, low)
-            features = [*features, x] if every else [x[:, -1:]]
-        self.length = end
-        return stack.normed(torch.cat(features, 1))
+            x = self.block(ids[:, low - self.length : high - self.length], low, pages, every or high == end)
+            if every or high == end:
+                features.append(x if every else x[:, -1:].clone())
+            del x  # before the next block is evaluated
+        return stack.normed(torch.cat(features, 1)), pages
 
-    def keep(self, level: int, u: Tensor, start: int) -> None:
-        pages = self.pages[level - 1]
+    def block(self, ids: Tensor, low: int, pages: list[list[Tensor]], asked: bool) -> Tensor:
+        """Returns the last layer's output on one block, or its input unless asked; adds the block to the pages."""
+        stack = self.stack
+        x = stack.embed(ids)
+        for level in range(1, stack.n_layers + 1):
+            self.keep(pages[level - 1], stack.mixed(level, x), low)
+            if level < stack.n_layers or asked:
+                x = self.layer(level, x, low, pages[level - 1])
+        return x
+
+    def layer(self, level: int, x: Tensor, low: int, pages: list[Tensor]) -> Tensor:
+        frame = self.stack.open(level, x, low)
+        for start, stop in self.tiles(level, low):
+            page = pages[start // self.block_size][:, : stop - start]
+            self.stack.attend(level, frame, *self.stack.keys_values(level, page, start), start)
+        return self.stack.close(level, frame)
+
+    def keep(self, pages: list[Tensor], u: Tensor, start: int) -> None:
         if start % self.block_size == 0:
             pages.append(u.new_zeros(u.shape[0], self.block_size, u.shape[2]))
         pages[-1][:, start % self.block_size :][:, : u.shape[1]] = u
 
     @property
     def state_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in leaves(self.pages))
+        return nbytes(self.kept)
 
 
 class IdsOnly(Memory):
     """Nothing but the token ids between two calls."""
 
-    def __init__(self, stack: AttentionStack, block_size: int):
-        super().__init__(stack, block_size)
-        self.ids: Tensor | None = None
-
-    def extend(self, ids: Tensor, every: bool) -> Tensor:
-        self.ids = ids if self.ids is None else torch.cat((self.ids, ids), 1)
-        start, self.length = self.length, self.ids.shape[1]
-        return self.stack.normed(self.features(self.ids, start if every else self.length - 1))
+    def read(self, ids: Tensor, every: bool) -> tuple[Tensor, Tensor]:
+        # a copy: the caller may write other ids into the tensor
+        ids = ids.clone() if self.kept is None else torch.cat((self.kept, ids), 1)
+        return self.stack.normed(self.features(ids, self.length if every else ids.shape[1] - 1)), ids
 
     def features(self, ids: Tensor, start: int) -> Tensor:
         """Returns the last layer's output at the tokens from `start` on."""
@@ -115,7 +132,7 @@ class IdsOnly(Memory):
 
     @property
     def id_bytes(self) -> int:
-        return 0 if self.ids is None else self.ids.numel() * self.ids.element_size()
+        return nbytes(self.kept)
 
 
 class Layerwise(IdsOnly):
@@ -169,7 +186,9 @@ class BlockRecursion(IdsOnly):
     def features(self, ids: Tensor, start: int) -> Tensor:
         outputs = []
         for low, high in blocks(start // self.block_size * self.block_size, ids.shape[1], self.block_size):
-            outputs.append(self.evaluate(self.stack.n_layers, ids, low, high)[:, max(start - low, 0) :])
+            output = self.evaluate(self.stack.n_layers, ids, low, high)
+            outputs.append(output[:, start - low :].clone() if start > low else output)
+            del output
         return torch.cat(outputs, 1)
 
     def evaluate(self, level: int, ids: Tensor, low: int, high: int) -> Tensor:

@@ -13,9 +13,8 @@ from linrnn.layers.online_softmax import SoftmaxSum, absorb, read_out, softmax_s
 from linrnn.models.backbone import Block
 from linrnn.models.language import LanguageModel
 
-LOGITS = (
-    2**15
-)  # for each head, how many are held at once where that leaves 32 keys: few beside a frame, many for a call
+# for each head, how many are held at once where that leaves 32 keys: few beside a frame, many for a call
+LOGITS = 2**15
 
 
 @dataclass(slots=True)
@@ -50,11 +49,16 @@ class AttentionStack:
                     f"model: expected softmax attention in every layer, got {type(mixer).__name__} in layer {i}; "
                     "a recurrent layer has a small state by itself: use model.step"
                 )
-        if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-            raise ValueError("model: expected evaluation mode, got training mode with dropout; call model.eval()")
         self.model = model
+        self.droppers = [(m, "p" if isinstance(m, nn.Dropout) else "dropout") for m in model.modules() if drops(m)]
+        self.check_mode()
         self.n_layers = len(model.backbone.blocks)
         self.reset_counts()
+
+    def check_mode(self) -> None:
+        """Raises ValueError if something would be dropped at random: no two memories would agree."""
+        if any(module.training and getattr(module, rate) > 0 for module, rate in self.droppers):
+            raise ValueError("model: expected evaluation mode, got training mode with dropout; call model.eval()")
 
     def reset_counts(self) -> None:
         self.evaluations = [0] * (self.n_layers + 1)
@@ -127,6 +131,11 @@ class AttentionStack:
     def normed(self, h: Tensor) -> Tensor:
         """Maps the last layer's output (B, C, D) to what the head reads."""
         return self.model.backbone.norm(h)
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether a module has a probability of dropping something, be it zero."""
+    return isinstance(module, (nn.Dropout, Attention))
 
 
 def places(x: Tensor, start: int) -> Tensor:

@@ -80,18 +80,23 @@ class AttentionDecoder:
 
     @torch.no_grad()
     def extend(self, ids: Tensor, *, positions: str = "last") -> Tensor:
-        """Reads n >= 1 tokens ids (B, n): the logits behind the last, (B, V), or behind each, (B, n, V)."""
+        """Reads n >= 1 tokens ids (B, n): the logits behind the last, (B, V), or behind each, (B, n, V).
+
+        A call that fails, or is interrupted, has read nothing: the same one can be made again.
+        """
         check_ids("ids", ids)
         if ids.shape[1] == 0:
             raise ValueError(f"ids: expected at least one token, got shape {tuple(ids.shape)}")
-        if self.batch_size not in (None, ids.shape[0]):
+        if self.length and self.batch_size != ids.shape[0]:
             raise ValueError(f"ids: expected {self.batch_size} sequences, like the tokens before, got {ids.shape[0]}")
-        # before anything is kept: a wrong id leaves the decoder as it was
         check_vocabulary("ids", ids, self.model.vocab_size)
-        self.batch_size = ids.shape[0]
+        self.stack.check_mode()
         self.stack.live_frames = self.stack.live_frame_bytes = 0  # an interrupted call has left its frames open
-        features = self._memory.extend(ids.long(), every=positions == "all")
+        features, kept = self._memory.read(ids.long(), every=positions == "all")
         logits = self.model.head(features)
+        # last of all: a call that fails, anywhere, leaves the decoder as it was
+        self.batch_size = ids.shape[0]
+        self._memory.commit(ids.shape[1], kept)
         return logits if positions == "all" else logits[:, -1]
 
     def step(self, ids_t: Tensor) -> Tensor:

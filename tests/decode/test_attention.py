@@ -106,7 +106,7 @@ def test_live_memory_does_not_grow(memory: str, block_size: int | None) -> None:
         decoder = AttentionDecoder(model, memory=memory, block_size=block_size)
         with LiveBytes() as live:
             decoder.extend(ids)
-        peaks.append(live.peak)
+        peaks.append(live.peak - decoder.id_bytes)
         frames.append(decoder.state_bytes)
     assert peaks[0] == peaks[1] == peaks[2] and frames[0] == frames[1] == frames[2]
     # N frames of x, q, y (16 numbers each) and m, z of 4 heads
@@ -220,6 +220,63 @@ def test_a_refused_call_leaves_no_trace(memory: str) -> None:
     with pytest.raises(ValueError, match=f"ids: expected ids from 0 to {V - 1}, got -1"):
         decoder.step(torch.tensor([1, -1]))
     close(decoder.extend(ids[:, 3:].to(torch.uint8)), model(ids)[0][:, -1].detach())
+
+
+@pytest.mark.parametrize("place", ["first layer", "second layer", "later block", "head"])
+@pytest.mark.parametrize(("memory", "block_size"), [(m, b) for m, b in MEMORIES if b != 64])
+def test_a_failed_call_leaves_no_trace(
+    memory: str, block_size: int | None, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was half done when a feed-forward network or the head failed: neither tokens nor states are kept."""
+    model, ids = make(3), torch.randint(V, (2, 15))
+    expected = model(ids)[0][:, -1].detach()
+    module = model.head if place == "head" else model.backbone.blocks[0 if place == "first layer" else 1].ffn
+    whole = module.forward
+    calls = 0
+
+    def fails(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == (2 if place == "later block" else 1):
+            raise KeyboardInterrupt
+        return whole(x)
+
+    for read in (0, 6):  # nothing yet, or a page and a half
+        decoder = AttentionDecoder(model, memory=memory, block_size=block_size)
+        if read:
+            decoder.extend(ids[:, :read])
+        state_bytes, calls = decoder.state_bytes, 0
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "forward", fails)
+            with pytest.raises(KeyboardInterrupt):
+                decoder.extend(torch.randint(V, (2 if read else 3, 9)))
+        assert decoder.length == read and decoder.id_bytes in (0, 2 * 8 * read)
+        if memory in ("kv", "inputs"):
+            assert decoder.state_bytes == state_bytes
+        close(decoder.extend(ids[:, read:12]), model(ids[:, :12])[0][:, -1].detach())
+        close(decoder.extend(ids[:, 12:]), expected)
+
+
+@pytest.mark.parametrize("memory", ["layerwise", "block", "constant"])
+def test_ids_are_copied(memory: str) -> None:
+    model, ids = make(1), torch.randint(V, (1, 6))
+    decoder, given = AttentionDecoder(model, memory=memory), ids[:, :5].clone()
+    decoder.extend(given)
+    given.zero_()
+    close(decoder.step(ids[:, 5]), model(ids)[0][:, -1].detach())
+
+
+@pytest.mark.parametrize("where", ["model", "mixer_kwargs"])
+def test_dropout_is_refused_at_every_call(where: str) -> None:
+    model = make(1, **({"dropout": 0.1} if where == "model" else {"mixer_kwargs": {"dropout": 0.1}}))
+    decoder, ids = AttentionDecoder(model), torch.zeros(1, 2, dtype=torch.int64)
+    expected = decoder.extend(ids)
+    model.train()
+    for call in (lambda: decoder.extend(ids), lambda: AttentionDecoder(model)):
+        with pytest.raises(ValueError, match="model: expected evaluation mode, got training mode with dropout"):
+            call()
+    assert decoder.length == 2
+    close(AttentionDecoder(model.eval()).extend(ids), expected)
 
 
 def test_bad_step() -> None:
