@@ -28,6 +28,9 @@ def test_the_three_thresholds(d, H):
     # linear attention with heads four times as wide does less than T² D of products iff T > 16 d
     wide = layers.build("linear_attention", 4 * D, n_heads=H, feature_map="identity")
     assert linrnn.crossover(attention, wide, part="recurrence") == 16 * d + 1
+    # the normaliser of the default feature map is worth two tokens
+    default = layers.build("linear_attention", 4 * D, n_heads=H)
+    assert linrnn.crossover(attention, default, part="recurrence") == 16 * d + 3
     # with wide keys alone iff T > 4 d, and as it is iff T > d
     for K in (4 * d, d):
         linear_attention = layers.build("linear_attention", D, n_heads=H, d_key=K, feature_map="identity")

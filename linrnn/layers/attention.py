@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from linrnn.layers.append import append
 from linrnn.layers.attention_scale import QK_NORMS, Scale, check_scale, constant_scale, query_factor
 from linrnn.layers.attention_state import AttentionState, first_tokens, next_state
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, positive_int
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, finite, positive_int
 from linrnn.layers.heads import HeadNorm, white_
 from linrnn.layers.local_attention import Packed, Sight, pack, sight, unpack
 from linrnn.layers.positions import ALiBi, Positions, ReRoPE, RoPE, as_positions
-from linrnn.layers.softmax_attention import Rule, Sinks, attend, fused, products
+from linrnn.layers.softmax_attention import Rule, Sinks, attend, fused, keeps_weights, products
 
 
 class Attention(RecurrentLayer):
@@ -45,7 +45,8 @@ class Attention(RecurrentLayer):
         half_causal: of a bidirectional layer, half of the heads see tokens up to t, the others those from t on
             (kexue.fm 9529).
         causal: token t sees tokens up to t.
-        bidirectional: every token sees its whole document; such a layer cannot step. The same as causal=False.
+        bidirectional: every token sees its whole document; such a layer cannot step. The same as causal=False: a layer
+            is bidirectional if one of the two says so, whatever the other says.
         dropout: probability of dropping an attention weight in training.
 
     Raises:
@@ -90,8 +91,8 @@ class Attention(RecurrentLayer):
         self.window = None if window is None else positive_int("window", window)
         if not isinstance(sink, int) or isinstance(sink, bool) or sink < 0:
             raise ValueError(f"sink: expected an integer >= 0, got {sink!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected a number in [0, 1), got {dropout}")
+        if not finite(dropout) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a number in [0, 1), got {dropout!r}")
         self.sink, self.half_causal, self.dropout = sink, half_causal, dropout
         self.check_together()
         self.qkv = nn.Linear(d_model, (self.n_heads + 2 * self.n_kv_heads) * self.d_head, bias=False)
@@ -144,7 +145,8 @@ class Attention(RecurrentLayer):
         Args:
             x: the tokens.
             position: of each in its document.
-            count: how many keys each query sees; if None, as many as causality and the window allow.
+            count: how many keys each query sees, (1 or B, T), or (1 or B, T, H) where heads differ; if None, as many as
+                causality and the window allow.
         """
         split = self.n_heads + self.n_kv_heads, self.n_kv_heads
         qk, v = self.qkv(x).unflatten(-1, (sum(split), self.d_head)).split(split, 2)
@@ -158,7 +160,9 @@ class Attention(RecurrentLayer):
                 q, k = self.q_norm(q), self.k_norm(k)
             k = unit(k) if self.qk_norm in ("key", "cos") else k
             q = unit(q) if self.qk_norm == "cos" else q
-            q = q if factor is None else (q * factor[..., None, None]).to(q.dtype)
+            if factor is not None:
+                by_head = factor if factor.ndim == 3 else factor[..., None]  # (1 or B, T, 1 or H)
+                q = (q * by_head[..., None]).to(q.dtype)
             qk = torch.cat((q, k), 2)
         if isinstance(self.positions, RoPE):
             qk = self.positions.turn(qk, position)
@@ -209,11 +213,18 @@ class Attention(RecurrentLayer):
         )
 
     def count(self, before: Tensor, after: Tensor | None = None) -> Tensor:
-        """Returns how many keys a query sees that has so many tokens before and after it in its document."""
+        """Returns how many keys a query sees that has so many tokens before and after it in its document.
+
+        (1 or B, T) as these are, or (1 or B, T, H) for half-causal heads.
+        """
         if self.window is not None:
             before = before.clamp(max=self.window - 1 + self.sink)
             after = None if after is None else after.clamp(max=self.window - 1)
-        return before + 1 if after is None else before + 1 + after
+        if after is None:
+            return before + 1
+        if self.half_causal:
+            return 1 + torch.stack(torch.broadcast_tensors(before, after), -1).repeat_interleave(self.n_heads // 2, -1)
+        return before + 1 + after
 
     # the whole
 
@@ -242,7 +253,8 @@ class Attention(RecurrentLayer):
         T = q.shape[1]
         carried = k.shape[1] > T or (sinks is not None and self.window == 1)  # a window of one carries sinks alone
         everything = not carried and packed.reset is None and (self.window or T) >= T
-        if everything and not isinstance(self.positions, (ALiBi, ReRoPE)):
+        in_blocks = isinstance(self.positions, (ALiBi, ReRoPE)) or keeps_weights(q, how["dropout"])
+        if everything and not in_blocks:
             if seen.after is None:  # padding is behind what is real
                 return fused(q, k, v, causal=True, **how)
             real = packed.real

@@ -15,14 +15,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from linrnn.layers.append import append
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, positive_int
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, finite, positive_int
 from linrnn.layers.heads import white_
 from linrnn.layers.local_attention import Packed, Sight, in_sight, latest, pack, sight, unpack
 from linrnn.layers.rotary import rotate
 from linrnn.layers.softmax_attention import Rule, attend
+from linrnn.ops._recompute import recomputed
 
 ATTENTIONS = ("relu2", "softmax_plus")
 # queries in a block: what comes after a causal block costs nothing, and no scores of T x T are held at once
@@ -61,8 +61,8 @@ class GatedUnit(RecurrentLayer):
         super().__init__(d_model, causal=not bidirectional)
         self.d_value = 2 * d_model if d_value is None else positive_int("d_value", d_value)
         self.d_key = min(128, max(16, d_model // 8 * 2)) if d_key is None else positive_int("d_key", d_key)
-        if rope_base is not None and not rope_base > 0:
-            raise ValueError(f"rope_base: expected a number > 0 or None, got {rope_base}")
+        if rope_base is not None and (not finite(rope_base) or not rope_base > 0):
+            raise ValueError(f"rope_base: expected a number > 0 or None, got {rope_base!r}")
         if rope_base is not None and self.d_key % 2:
             raise ValueError(f"d_key: rotary positions need an even one, got {d_key}; or set rope_base=None")
         self.rope_base = rope_base
@@ -187,7 +187,7 @@ def relu2_attention(q: Tensor, k: Tensor, v: Tensor, seen: Sight) -> Tensor:
         before, after = seen.before[:, a:b, None], None if seen.after is None else seen.after[:, a:b, None]
         run = functools.partial(_relu2_block, before=before, after=after, first=past + a)
         block = q[:, a:b], k[:, :end], v[:, :end]
-        blocks.append(checkpoint(run, *block, use_reentrant=False) if again else run(*block))
+        blocks.append(recomputed(run, *block, preserve_rng_state=False) if again else run(*block))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
 

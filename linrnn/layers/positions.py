@@ -133,7 +133,7 @@ class RoPE:
     """Rotary positions with θ_i = base^(-2i/n) on the first n = `fraction` of a head's channels.
 
     Args:
-        base: of the angles; it has to grow with the length (kexue.fm 10122).
+        base: of the angles; it has to grow with the length (kexue.fm 10122). Above 1 with YaRN's "dimensions".
         fraction: of the channels that turn; the others see no positions.
         scaling: None, Interpolation, NTK or YaRN.
     """
@@ -153,6 +153,8 @@ class RoPE:
             object.__setattr__(self, "scaling", scaling)
         if scaling is not None and not isinstance(scaling, (Interpolation, NTK, YaRN)):
             raise ValueError(f"scaling: expected Interpolation, NTK, YaRN or None, got {scaling!r}")
+        if isinstance(scaling, YaRN) and scaling.ramp == "dimensions" and self.base <= 1:
+            raise ValueError(f'base: expected a number > 1 for YaRN with ramp="dimensions", got {self.base!r}')
 
     @property
     def logit_factor(self) -> float:
@@ -161,11 +163,11 @@ class RoPE:
 
     def turned(self, d_head: int) -> int:
         """Returns how many channels of a head turn, or raises ValueError where that is no even number."""
-        n = self.fraction * d_head
-        if n != int(n) or int(n) % 2:
+        n = round(self.fraction * d_head)
+        if not math.isclose(n, self.fraction * d_head) or n % 2:  # 0.28 of 50 is 14.000000000000002
             part = "" if self.fraction == 1 else f"fraction = {self.fraction} of "
             raise ValueError(f"n_heads: rotary positions turn an even number of channels, got {part}{d_head} of a head")
-        return int(n)
+        return n
 
     def frequencies(self, n: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """Returns the angles θ (n / 2) of n turned channels."""

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from linrnn.ops._recompute import recomputed
 
 # the numbers in the mask of a block
 BLOCK = 2**22
@@ -63,7 +64,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, *, scale: float, dropout
     back, ahead = None if sees_all else rule.back, rule.ahead
     # the columns that a query may see, where that is not most of them
     reach = None if back is None or (rule.after is not None and ahead is None) else back + (ahead or 0)
-    rows = 4 * B * H if rule.scores is not None else len(rule.before) * (1 if rule.slopes is None else 2 * H)
+    weights = rule.scores is not None or keeps_weights(q, dropout)
+    rows = 4 * B * H if weights else len(rule.before) * (1 if rule.slopes is None else 2 * H)
     if reach is None:
         size = BLOCK // max(rows * k.shape[1], 1)
     else:
@@ -77,7 +79,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, *, scale: float, dropout
         run = functools.partial(_block, rule=rule, a=a, low=low, past=past, scale=scale, dropout=dropout)
         inputs = q[:, a:b], k[:, low:high], v[:, low:high]
         again = torch.is_grad_enabled() and size < T
-        blocks.append(checkpoint(run, *inputs, use_reentrant=False) if again else run(*inputs))
+        blocks.append(recomputed(run, *inputs) if again else run(*inputs))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
 
@@ -121,6 +123,11 @@ def _block(
         if q.dtype != bias.dtype and q.device.type != "cpu":  # a bias in half precision cannot count to 1000
             return _weigh(scale * products(q, k) + mask, v, dropout)
     return fused(q, k, v, mask=mask, scale=scale, dropout=dropout)
+
+
+def keeps_weights(q: Tensor, dropout: float) -> bool:
+    """Returns whether torch's call on q writes the weights of all queries down: where no kernel of it drops any."""
+    return dropout > 0 and (q.device.type != "cuda" or q.dtype == torch.float64)
 
 
 def fused(

@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from linrnn.kernels import state_dtype
 from linrnn.ops import _inputs
 from linrnn.ops._chunked_ssm import chunked_ssm, conj_pairs, exponential, lay_out, response, take, to_pairs
+from linrnn.ops._recompute import recomputed
 from linrnn.ops.diagonal_scan import diagonal_scan
 from linrnn.ops.fft_conv import fft_conv
 
@@ -170,7 +170,7 @@ def _scan(log_a, b, c, x, h, reset, mask):
     for start in range(0, T, length):
         piece = slice(start, start + length)
         flags = (None if reset is None else reset[:, piece], None if mask is None else mask[:, piece])
-        y, h = checkpoint(_scan_piece, a, b, c, x[:, piece], h, *flags, use_reentrant=False, preserve_rng_state=False)
+        y, h = recomputed(_scan_piece, a, b, c, x[:, piece], h, *flags, preserve_rng_state=False)
         ys.append(y)
     return torch.cat(ys, 1), h.unflatten(1, b.shape)
 

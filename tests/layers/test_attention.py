@@ -116,6 +116,8 @@ def test_causal_false_is_bidirectional() -> None:
     one, other = Attention(16, causal=False), Attention(16, bidirectional=True)
     other.load_state_dict(one.state_dict())
     assert torch.equal(one(x)[0], other(x)[0])
+    for causal, bidirectional in ((True, True), (False, False)):  # one that looks ahead is enough
+        assert not Attention(16, causal=causal, bidirectional=bidirectional).causal
 
 
 @pytest.mark.parametrize(
@@ -126,6 +128,7 @@ def test_causal_false_is_bidirectional() -> None:
         (15, {"n_heads": 5}, "n_heads: rotary positions turn an even number of channels, got 3"),
         (17, {}, "n_heads: no even head width .* divides d_model = 17"),
         (16, {"dropout": 1.0}, r"dropout: expected a number in \[0, 1\), got 1\.0"),
+        (16, {"dropout": "a"}, r"dropout: expected a number in \[0, 1\), got 'a'"),
     ],
 )
 def test_bad_values(d_model: int, kwargs: dict[str, Any], message: str) -> None:

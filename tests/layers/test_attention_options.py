@@ -48,6 +48,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Any]]] = {
     "half causal": (HALF, lambda n: 6**-0.5),
     "half causal, window": (HALF | {"n_kv_heads": 2, "window": 3}, lambda n: 6**-0.5),
     "half causal, alibi": (HALF | {"positions": "alibi"}, lambda n: 6**-0.5),
+    "half causal, log n": (HALF | {"scale": "logn", "n_kv_heads": 2}, lambda n: n.log() / math.log(512) * 6**-0.5),
+    "half causal, gradient": (HALF | {"scale": "gradient", "window": 4}, lambda n: 0.84 * n.log().sqrt() * 6**-0.5),
+    "half causal, cosines": (HALF | {"qk_norm": "cos", "positions": "alibi"}, lambda n: 4 * n.log()),
 }
 STEPPABLE = [name for name in VARIANTS if "half" not in name]
 EITHER = [name for name in STEPPABLE if "sink" not in name and "rerope" not in name]
@@ -100,8 +103,8 @@ def naive(layer: Attention, x: Tensor, name: str) -> Tensor:
     θ = 10000.0 ** (-2 * torch.arange(K // 2, dtype=x.dtype) / K)
     qc, kc = (torch.complex(u[..., : K // 2], u[..., K // 2 :]) for u in (q, k))
     logits = torch.einsum("ihk,jhk,ijk->hij", qc, kc.conj(), torch.exp(1j * turn[..., None] * θ)).real
-    factor = VARIANTS[name][1](seen.any(0).sum(-1).double())
-    logits = logits * (factor[:, None] if isinstance(factor, Tensor) else factor)
+    factor = VARIANTS[name][1](seen.sum(-1).double())  # (H, T)
+    logits = logits * (factor[..., None] if isinstance(factor, Tensor) else factor)
     if isinstance(positions, ALiBi):
         slopes = [2**-4, 2**-8, 2**-2] if H == 3 else [2**-2, 2**-4, 2**-6, 2**-8]
         logits = logits - torch.tensor(slopes)[:, None, None] * d.abs()
@@ -166,6 +169,59 @@ def test_equals_the_formula(name: str, bidirectional: bool, packed: bool) -> Non
     with torch.no_grad():  # the append-only cache
         for run in runs[1:]:
             torch.testing.assert_close(torch.where(mask[..., None], run(), 0), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale": "logn"}, {"scale": "gradient", "window": 4}, {"qk_norm": "cos"}], ids=str
+)
+def test_half_causal_heads_are_causal_ones(options: dict[str, Any]) -> None:
+    """The first half is that of the causal layer with the same weights, the other that of the flipped sequence."""
+    half = Attention(16, n_heads=2, bidirectional=True, half_causal=True, positions=None, **options).double()
+    causal = Attention(16, n_heads=2, positions=None, **options).double()
+    causal.load_state_dict(half.state_dict())
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    for layer in (half, causal):
+        layer.out.weight.data.copy_(torch.eye(16))
+    with torch.no_grad():
+        y, past, future = half(x)[0], causal(x)[0], causal(x.flip(1))[0].flip(1)
+    torch.testing.assert_close(y[..., :8], past[..., :8], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(y[..., 8:], future[..., 8:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's fused attention under vmap
+@pytest.mark.parametrize("kwargs", [{"window": 16}, {"positions": "alibi"}, {"dropout": 0.5}], ids=str)
+def test_torch_func_over_blocks(kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.func knows no hooks of saved tensors, with which a block would be computed again."""
+    monkeypatch.setattr("linrnn.layers.softmax_attention.BLOCK", 1)
+    layer, x = Attention(32, n_heads=2, **kwargs).double(), torch.randn(2, 17, 32, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return layer(x)[0].square().sum()
+
+    expected = torch.autograd.grad(loss(x.requires_grad_()), x)[0]
+    x = x.detach()
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected, rtol=1e-10, atol=1e-10)
+    if not layer.dropout:
+        each = torch.func.vmap(torch.func.grad(lambda row: layer(row[None])[0].square().sum()))(x)
+        torch.testing.assert_close(each, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_dropout_of_blocks_is_drawn_again(bidirectional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass drops what the forward pass has dropped: the gradient is that of finite differences."""
+    monkeypatch.setattr("linrnn.layers.softmax_attention.BLOCK", 1)
+    layer = Attention(16, n_heads=2, dropout=0.5, bidirectional=bidirectional).double()
+    x, way = torch.randn(2, 2, 40, 16, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return layer(x)[0].square().sum()
+
+    slope = (torch.autograd.grad(loss(x.requires_grad_()), x)[0] * way).sum()
+    with torch.no_grad():
+        differences = (loss(x + 1e-5 * way) - loss(x - 1e-5 * way)) / 2e-5
+    torch.testing.assert_close(slope, differences, rtol=1e-6, atol=1e-6)
 
 
 @each_way

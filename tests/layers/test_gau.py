@@ -238,8 +238,22 @@ def test_initialisation_and_defaults() -> None:
         ({"d_key": 7}, "d_key: rotary positions need an even one, got 7; or set rope_base=None"),
         ({"attention": "relu"}, "attention: expected one of 'relu2', 'softmax_plus', got 'relu'"),
         ({"rope_base": 0.0}, r"rope_base: expected a number > 0 or None, got 0\.0"),
+        ({"rope_base": "x"}, "rope_base: expected a number > 0 or None, got 'x'"),
     ],
 )
 def test_bad_values(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GAU(D, **kwargs)
+
+
+@pytest.mark.parametrize("attention", ["relu2", "softmax_plus"])
+def test_torch_func_where_scores_are_computed_again(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linrnn.layers.gau.LONG", 256)
+    monkeypatch.setattr("linrnn.layers.softmax_attention.BLOCK", 1)
+    layer, x = GAU(D, attention=attention).double(), torch.randn(1, 257, D, dtype=torch.float64, requires_grad=True)
+
+    def loss(x: Tensor) -> Tensor:
+        return layer(x)[0].square().sum()
+
+    expected = torch.autograd.grad(loss(x), x)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected, rtol=1e-9, atol=1e-9)

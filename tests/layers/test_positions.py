@@ -190,6 +190,7 @@ def test_bad_configurations(config: Any, message: str) -> None:
         (YaRN, {"factor": 2, "original_length": 8, "fast": 1}, "fast: expected a number > 1, got 1"),
         (YaRN, {"factor": 2, "original_length": 8, "ramp": "i"}, "ramp: expected 'rotations' or 'dimensions', got 'i'"),
         (YaRN, {"factor": 2, "original_length": 8, "temperature": 0}, "temperature: expected a number > 0, got 0"),
+        (RoPE, {"base": 1, "scaling": YaRN(2, 8, ramp="dimensions")}, "base: expected a number > 1 for YaRN .* got 1"),
         (ReRoPE, {"window": 0}, "window: expected an integer >= 1, got 0"),
         (ReRoPE, {"window": 4, "base": -1}, "base: expected a number > 0, got -1"),
         (ReRoPE, {"window": 4, "leak": 0}, "leak: expected a number > 0, got 0"),
@@ -199,6 +200,15 @@ def test_bad_configurations(config: Any, message: str) -> None:
 def test_bad_values(cls: Any, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cls(**kwargs)
+
+
+def test_a_fraction_counts_whole_channels() -> None:
+    """0.28 of 50 is 14.000000000000002 in floating point."""
+    assert RoPE(fraction=0.28).turned(50) == 14
+    assert RoPE(fraction=0.58).turned(100) == 58  # 57.99999999999999
+    for fraction, d_head in ((0.3, 48), (0.28, 25), (1e-12, 48)):
+        with pytest.raises(ValueError, match="an even number of channels"):
+            RoPE(fraction=fraction).turned(d_head)
 
 
 def test_partial_rotation_turns_an_even_number_of_channels() -> None:

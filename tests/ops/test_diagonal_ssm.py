@@ -251,6 +251,18 @@ def test_forms_that_auto_takes(monkeypatch):
         assert set(taken) == {expected}
 
 
+def test_torch_func_over_pieces_of_time(monkeypatch):
+    """torch.func knows no hooks of saved tensors, with which a piece would be computed again."""
+    monkeypatch.setattr(__import__("sys").modules["linrnn.ops.diagonal_ssm"], "PIECE", 1)
+    log_a, b, c, x, _ = make(3)
+
+    def loss(x):
+        return diagonal_ssm(log_a, b, c, x, mode="scan")[0].square().sum()
+
+    expected = torch.autograd.grad(loss(x.requires_grad_()), x)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
+
+
 def test_bad_input():
     log_a, b, c, x, h = (v.detach() for v in make(5))
     for change, message in (
