@@ -174,8 +174,10 @@ assert linrnn.kernels.cuda.driver.library.cache_info().currsize == 0
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def sample() -> list[tuple[str, str, tuple[str, ...]]]:
+def sample() -> list:
     """Every direction and pair of dtypes on every architecture, the other definitions taking turns.
+
+    On one architecture, in turns, unless exhaustive tests are asked for.
 
     All programs on all architectures take minutes: `python -m linrnn.kernels.cuda --compile` does that, fails on spills
     too, and `benchmarks/gpu_check.sh` runs it for the GPU at hand.
@@ -185,7 +187,11 @@ def sample() -> list[tuple[str, str, tuple[str, ...]]]:
         dtypes = tuple(d for d in definitions if d.startswith(("LINRNN_BACKWARD", "LINRNN_A", "LINRNN_X")))
         kinds.setdefault((name, dtypes), []).append((name, definitions))
     return [
-        (architecture, *variants[(3 * i + k) % len(variants)])
+        pytest.param(
+            architecture,
+            *variants[(3 * i + k) % len(variants)],
+            marks=() if k == i % len(ARCHITECTURES) else pytest.mark.exhaustive,
+        )
         for i, variants in enumerate(kinds.values())
         for k, architecture in enumerate(ARCHITECTURES)
     ]

@@ -134,13 +134,14 @@ def compiler() -> None:
     skip_without_compiler()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", ("races", "fibers"))
 def test_the_sources_as_they_are_survive(mode, host_folder, tmp_path):
     scan = "scan.cuh"
     assert survives(mode, host_folder, copy_with(tmp_path, scan, (SOURCES / scan).read_text()))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", ("races", "fibers"))
 @pytest.mark.parametrize("mutant", list(synchronisation()), ids=lambda mutant: mutant[0])
 def test_every_barrier_commit_and_wait_is_needed(mode, mutant, host_folder, tmp_path):
@@ -159,6 +160,7 @@ def test_all_kinds_of_synchronisation_are_found():
         )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", LOGIC)
 def test_every_error_is_found(name, host_folder, tmp_path):
     file, old, new = LOGIC[name]

@@ -76,7 +76,7 @@ def test_all_kinds_of_synchronisation_are_found():
         assert sum(spelling in name for name in found) == count, found
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", ("races", "fibers"))
 def test_the_sources_as_they_are_survive(mode, host_folder, tmp_path):
     sources = copy_with(tmp_path, TILE, (SOURCES / TILE).read_text())
@@ -84,7 +84,7 @@ def test_the_sources_as_they_are_survive(mode, host_folder, tmp_path):
     assert survives(mode, host_folder, sources, FORWARD, run)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", ("races", "fibers"))
 @pytest.mark.parametrize("mutant", list(synchronisation()), ids=lambda mutant: mutant[0])
 def test_every_barrier_commit_and_wait_is_needed(mode, mutant, host_folder, tmp_path):
@@ -92,7 +92,7 @@ def test_every_barrier_commit_and_wait_is_needed(mode, mutant, host_folder, tmp_
     assert not survives(mode, host_folder, copy_with(tmp_path, name, text), BACKWARD, run_backward)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", LOGIC)
 def test_every_error_is_found(name, host_folder, tmp_path):
     file, old, new = LOGIC[name]

@@ -197,7 +197,7 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_kernel_fails(name, tmp_path):
     skip_without_compiler()
