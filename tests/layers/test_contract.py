@@ -21,6 +21,7 @@ NAMES = layers.available()
 CAUSAL = [n for n in NAMES if "bidirectional: bool = True" not in str(inspect.signature(layers.layer_class(n)))]
 # every way of looking that a layer offers: (name, bidirectional)
 WAYS = [(name, False) for name in CAUSAL] + [(name, True) for name in NAMES if "bidirectional" in layers.options(name)]
+LOWERED = ("aaren", "hgrn", "gla", "lru", "mamba")  # by inductor, half a minute each: one for every kind of operator
 each_layer = pytest.mark.parametrize("name", NAMES)
 each_causal = pytest.mark.parametrize("name", CAUSAL)
 each_way = pytest.mark.parametrize(("name", "bidirectional"), WAYS)
@@ -378,7 +379,10 @@ def test_traces_without_breaks(name: str, bidirectional: bool, arguments: set[st
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning")
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # its own lowerings
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "bidirectional"), [(name, name not in CAUSAL) for name in NAMES])
+@pytest.mark.parametrize(
+    ("name", "bidirectional"),
+    [pytest.param(name, name not in CAUSAL, marks=() if name in LOWERED else pytest.mark.exhaustive) for name in NAMES],
+)
 def test_inductor(name: str, bidirectional: bool) -> None:
     layer = make_way(name, bidirectional).float()
     assert_compiled_same(layer, "inductor", mask=torch.arange(6) < torch.tensor([[6], [4]]))

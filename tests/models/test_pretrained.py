@@ -155,7 +155,7 @@ def test_a_long_list_of_misfits_is_cut(tmp_path: Path) -> None:
 
 
 def test_arguments_must_be_json(tmp_path: Path) -> None:
-    model = make(mixer_kwargs={"lr_scale": torch.tensor(0.5)})
+    model = make(mixer_kwargs={"max_phase": torch.tensor(0.5)})
     with pytest.raises(TypeError, match="config: expected arguments that JSON can hold"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
