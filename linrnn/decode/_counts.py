@@ -28,8 +28,11 @@ def count(stack: AttentionStack, memory: str, block_size: int, first: int, last:
         nb = blocks_of(first, B)
         prefix = sum(prefix_pairs(stack, level, nb, B) for level in range(1, N))
         prefix += 1 + tiles(stack, N, (nb - 1) * B, B)
-        steps = sum(1 + tiles(stack, level, i, B) for level in range(1, N + 1) for i in range(first, last))
+        steps = sum(step_pairs(stack, level, first, last, B) for level in range(1, N + 1))
         return Counts((nb + calls - 1,) * N + (calls,), prefix + steps)
+    if memory == "layerwise" and sees_all(stack):
+        blocks, triangles = (recursion_until(k, last, B) - recursion_until(k, first - 1, B) for k in (1, 2))
+        return Counts((blocks,) * N + (calls,), (N - 1) * triangles + blocks)
     if memory == "layerwise":
         inner = pairs = 0
         for nb, times in calls_by_blocks(first, last, B):
@@ -44,7 +47,7 @@ def count(stack: AttentionStack, memory: str, block_size: int, first: int, last:
 def recursion(stack: AttentionStack, block_size: int, first: int, last: int) -> tuple[int, ...]:
     """Counts block recursion: binomials where every layer sees everything, else by adding up what is seen."""
     N, B = stack.n_layers, block_size
-    if all(stack.mixer(level).window is None for level in range(1, N + 1)):
+    if sees_all(stack):
         return tuple(recursion_until(k, last, B) - recursion_until(k, first - 1, B) for k in range(N, -1, -1))
     nb = blocks_of(last, B)
     wanted = [0] * nb
@@ -63,6 +66,19 @@ def recursion(stack: AttentionStack, block_size: int, first: int, last: int) -> 
             wanted.append(running)
         counts.append(sum(wanted))
     return tuple(reversed(counts))
+
+
+def sees_all(stack: AttentionStack) -> bool:
+    """Whether no layer has a window."""
+    return all(stack.mixer(level).window is None for level in range(1, stack.n_layers + 1))
+
+
+def step_pairs(stack: AttentionStack, level: int, first: int, last: int, block_size: int) -> int:
+    """Counts the pairs of one layer for the single tokens behind first ... last - 1 others."""
+    if stack.mixer(level).window is None:
+        seen = recursion_until(1, last - 1, block_size) - recursion_until(1, first - 1, block_size)
+        return last - first + seen
+    return sum(1 + tiles(stack, level, i, block_size) for i in range(first, last))
 
 
 def recursion_until(k: int, tokens: int, block_size: int) -> int:

@@ -99,6 +99,7 @@ class AttentionStack:
     def open(self, level: int, x: Tensor, start: int) -> Frame:
         """Begins layer `level` on a block x (B, C, D): its queries have met the keys of their own block."""
         q, k, v = self.project(level, self.mixed(level, x), start)
+        q = q.clone()  # a view would keep the keys alive, or all that was projected, as long as the frame
         frame = Frame(start, x, q, softmax_sum(q, v.shape[-1]))
         self.evaluations[level] += 1
         self.live_frames += 1

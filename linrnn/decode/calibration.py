@@ -1,4 +1,4 @@
-"""What the pieces of a model cost on this machine, in seconds and bytes: measured once, in a second or two."""
+"""What the pieces of a model cost on this machine, in seconds and bytes: measured once, in some seconds."""
 
 import math
 import statistics
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from linrnn.decode._counts import Counts, count, tiles
-from linrnn.decode._memories import BlockRecursion, InputCache
-from linrnn.decode._stack import AttentionStack
+from linrnn.decode._memories import MEMORIES, BlockRecursion, InputCache
+from linrnn.decode._stack import LOGITS, AttentionStack
 from linrnn.decode.live import LiveBytes
 from linrnn.decode.state import nbytes
 from linrnn.layers.base import State, positive_int
 from linrnn.models.language import LanguageModel
 
 LONG = 0.02  # seconds of one call from which on larger blocks are extrapolated
+LARGE = 1024  # tokens of the largest block whose bytes are measured
 TRIAL = 0.02  # seconds of a recursion on a few blocks
 CACHES = 32, 4096  # tokens of a short cache and of a long one, of so many bytes at most
 CACHE_BYTES = 2**26
@@ -27,14 +28,13 @@ CACHE_BYTES = 2**26
 @dataclass(frozen=True)
 class Units:
     """Costs of one block: seconds of embedding it, of opening and closing a frame, of projecting keys and values, of
-    letting a frame meet them; and bytes that these need for themselves beside the frame."""
+    letting a frame meet them."""
 
     leaf: float
     open: float
     project: float
     attend: float
     close: float
-    working: int
 
     def seconds(self, counts: Counts, projections: int | None = None) -> float:
         """Adds up what evaluations and pairs cost; keys and values are projected for each pair unless told."""
@@ -48,7 +48,7 @@ class Units:
     def slower(self, factor: float) -> "Units":
         """The same work, taking so many times as long."""
         leaf, open, project = factor * self.leaf, factor * self.open, factor * self.project
-        return Units(leaf, open, project, factor * self.attend, factor * self.close, self.working)
+        return Units(leaf, open, project, factor * self.attend, factor * self.close)
 
     def scaled(self, rows: float, keys: float) -> "Units":
         """Extrapolates to blocks with `rows` times as many queries and `keys` times as many keys."""
@@ -58,8 +58,12 @@ class Units:
             project=self.project * keys,
             attend=self.attend * rows * keys,
             close=self.close * rows,
-            working=round(self.working * max(rows, keys)),
         )
+
+
+def tile_logits(size: int) -> int:
+    """Counts the logits of a head that are held at once where a block meets another."""
+    return size * min(size, max(LOGITS // size, 32))
 
 
 def times(number: int, seconds: float) -> float:
@@ -76,8 +80,6 @@ class Cached:
 
     seconds: float
     seconds_per_token: float
-    working: int
-    working_per_token: float
 
 
 class Calibration:
@@ -93,6 +95,7 @@ class Calibration:
         self.device = model.embed.weight.device
         self.levels = range(1, self.stack.n_layers + 1)
         self.units, self.cached, self.head = cache(self._units), cache(self._cached), cache(self._head)
+        self.working, self.call_bytes = cache(self._working), cache(self._call_bytes)
 
     @torch.no_grad()
     def _units(self, rows: int, keys: int) -> Units:
@@ -104,11 +107,8 @@ class Calibration:
                 return below.scaled(rows / small[0], keys / small[1])
         stack, level = self.stack, 1
         ids, earlier = self.ids(rows), self.ids(keys)
-        with LiveBytes() as live:
-            frame = stack.open(level, stack.embed(ids), keys)
-            k, v = stack.keys_values(level, stack.mixed(level, stack.embed(earlier)), 0)
-            stack.attend(level, frame, k, v, 0)
-            stack.normed(stack.close(level, frame))
+        frame = stack.open(level, stack.embed(ids), keys)
+        k, v = stack.keys_values(level, stack.mixed(level, stack.embed(earlier)), 0)
         x, u = frame.x, stack.mixed(level, stack.embed(earlier))
         units = Units(
             leaf=self.seconds(lambda: stack.embed(ids)),
@@ -116,7 +116,6 @@ class Calibration:
             project=self.seconds(lambda: stack.keys_values(level, stack.mixed(level, u), 0)),
             attend=self.seconds(lambda: stack.attend(level, frame, k, v, 0)),
             close=self.seconds(lambda: stack.close(level, frame)),
-            working=live.peak - frame.nbytes + x.numel() * x.element_size(),
         )
         # pieces among others take longer than over and over: try a few blocks
         if rows == keys:
@@ -130,7 +129,7 @@ class Calibration:
             pages.extend(self.ids(2 * keys), False)
             # of a token behind two pages and a bit
             job = Counts((1,) * (stack.n_layers + 1), sum(1 + tiles(stack, n, 2 * keys + 1, keys) for n in self.levels))
-            taken = self.seconds(lambda: pages.extend(ids, False))
+            taken = self.seconds(lambda: pages.read(ids, False))
             units = units.slower(max(1.0, taken / units.seconds(job)))
         stack.reset_counts()
         return units
@@ -139,8 +138,7 @@ class Calibration:
     def _cached(self, rows: int) -> Cached:
         """Returns the costs of the model's forward on `rows` tokens behind a cache."""
         model, ids = self.stack.model, self.ids(rows)
-        row = sum(nbytes(self.filled(level, 1)) for level in self.levels)
-        short, long = CACHES[0], min(CACHES[1], max(2 * CACHES[0], CACHE_BYTES // row))
+        short, long = CACHES[0], self.long
         points = []
         for tokens in (short, long):
             state = tuple(self.filled(level, tokens) for level in self.levels)
@@ -149,13 +147,51 @@ class Calibration:
                 nonlocal state  # each call appends to the state of the one before: to an older one it would copy
                 state = model.features(ids, state)[1]
 
-            call()
-            with LiveBytes() as live:
-                call()
-            points.append((self.seconds(call), live.peak))
-        (near, low), (far, high) = points
-        slope, bytes_slope = max(0.0, (far - near) / (long - short)), max(0.0, (high - low) / (long - short))
-        return Cached(max(0.0, far - slope * long), slope, low if bytes_slope else max(low, high), bytes_slope)
+            points.append(self.seconds(call))
+        near, far = points
+        slope = max(0.0, (far - near) / (long - short))
+        return Cached(max(0.0, far - slope * long), slope)
+
+    @property
+    def long(self) -> int:
+        """Tokens of the longest cache that is tried."""
+        row = sum(nbytes(self.filled(level, 1)) for level in self.levels)
+        return min(CACHES[1], max(2 * CACHES[0], CACHE_BYTES // row))
+
+    @torch.no_grad()
+    def _working(self, memory: str, size: int, tokens: int, step: bool) -> int:
+        """Returns the bytes that reading `tokens` tokens in blocks of `size` takes beside state and ids, in two layers.
+
+        With `step` of the last of them alone. More layers hold more state; what one evaluation needs is the same.
+        """
+        if size > 64:
+            small = size // 4
+            below = self.units(small, small)
+            if size > LARGE or max(below.attend, below.open, below.close) > LONG:
+                more = max(size / small, tile_logits(size) / tile_logits(small))
+                return math.ceil(more * self.working(memory, small, -(-tokens * small // size), step))
+        stack = AttentionStack(self.stack.model)
+        stack.n_layers = min(2, stack.n_layers)
+        reader, ids = MEMORIES[memory](stack, size), self.ids(tokens)
+        held = 0
+        if step and tokens > 1:
+            reader.extend(ids[:, :-1], False)
+            ids, held = ids[:, -1:], reader.state_bytes
+        with LiveBytes() as live:
+            stack.model.head(reader.extend(ids, False))
+        return max(0, live.peak - (reader.state_bytes - held) - reader.id_bytes)
+
+    @torch.no_grad()
+    def _call_bytes(self, rows: int, tokens: int) -> int:
+        """Returns the bytes that the model's forward on `rows` tokens makes, behind a cache of so many or none.
+
+        New buffers are among them: the cache has no room.
+        """
+        state = tuple(self.filled(level, tokens) for level in self.levels) if tokens else None
+        ids = self.ids(rows)
+        with LiveBytes() as live:
+            self.stack.model.features(ids, state)
+        return live.peak
 
     def filled(self, level: int, tokens: int) -> State:
         """Returns a state of layer `level` that holds `tokens` tokens of zeros."""

@@ -97,7 +97,7 @@ class Plan:
 def plan(
     model: LanguageModel,
     length: int,
-    memory_budget: int | None = None,
+    memory_budget: float | None = None,
     *,
     new_tokens: int = 1,
     batch_size: int = 1,
@@ -109,12 +109,15 @@ def plan(
 
     The job: logits of the last `new_tokens` of `length` tokens. The first length - new_tokens + 1 are read in one call
     (`extend`), the others one by one (`step`); new_tokens=1 is one call of `decode.attention`. State and evaluations
-    are formulas; seconds are the evaluations times the cost of one, which is measured first (a second or two).
+    are formulas; seconds are the evaluations times the cost of one, which is measured first: seconds, more
+    for a slow model. With a window, counting what block recursion evaluates takes time in the number of blocks: at a
+    million tokens, some twenty seconds; a given block_size saves it.
 
     Args:
         model: a LanguageModel whose mixers are causal softmax attention, in evaluation mode.
         length, new_tokens: the job.
-        memory_budget: bytes that caches, frames, ids and temporaries may take, the weights not among them; None: any.
+        memory_budget: a whole number of bytes (1e9 is one) that caches, frames, ids and temporaries may take, the
+            weights not among them; None: any.
         batch_size: sequences decoded together.
         block_size: tokens evaluated together; if None, 256, and for "block" what is fastest within the budget.
         time_limit: seconds the job may take.
@@ -127,9 +130,8 @@ def plan(
     positive_int("length", length)
     if positive_int("new_tokens", new_tokens) > length:
         raise ValueError(f"new_tokens: expected at most length = {length}, got {new_tokens}")
-    if memory_budget is not None:
-        positive_int("memory_budget", memory_budget)
-    if not time_limit > 0:
+    budget = None if memory_budget is None else bytes_budget(memory_budget)
+    if not isinstance(time_limit, (int, float)) or isinstance(time_limit, bool) or not time_limit > 0:
         raise ValueError(f"time_limit: expected seconds > 0, got {time_limit!r}")
     if block_size is not None:
         positive_int("block_size", block_size)
@@ -142,7 +144,7 @@ def plan(
     blocks = tuple(job.choice("block", size) for size in sizes)
 
     def rank(choice: Choice) -> tuple[bool, float]:
-        over = memory_budget is not None and choice.bytes > memory_budget
+        over = budget is not None and choice.bytes > budget
         return over, choice.bytes if over else choice.seconds
 
     choices = []
@@ -151,10 +153,21 @@ def plan(
             choices.append(min(blocks, key=rank))
         else:
             choices.append(job.choice(memory, 1 if memory == "constant" else block_size or BLOCK_SIZE))
-    found = Plan(model, length, new_tokens, memory_budget, time_limit, tuple(choices), blocks)
+    found = Plan(model, length, new_tokens, budget, time_limit, tuple(choices), blocks)
     if not any(found.fits(choice) for choice in choices):
         raise NoPlan(f"memory_budget, time_limit: no choice is within both; {found}")
     return found
+
+
+def columns_of(tokens: int) -> int:
+    """Returns the columns of a cache's new buffer (`layers.append`)."""
+    return tokens + tokens // 2 + 8
+
+
+def bytes_budget(value: float) -> int:
+    """Returns a budget as an integer; 1e9 is a way to write one."""
+    whole = isinstance(value, float) and value.is_integer()
+    return positive_int("memory_budget", int(value) if whole else value)  # type: ignore[arg-type]
 
 
 class Job:
@@ -178,7 +191,7 @@ class Job:
             block_size,
             state_bytes=state(block_size),
             id_bytes=ids,
-            working_bytes=max(working, head_bytes),
+            working_bytes=max(working, head_bytes + self.row_bytes("x")),
             evaluations=counts.evaluations,
             pairs=counts.pairs,
             seconds=seconds + (self.last - self.first + 1) * head_seconds,
@@ -186,19 +199,25 @@ class Job:
 
     def pieces(self, memory: str, block_size: int, counts: Counts) -> tuple[float, int]:
         """Estimates seconds and working bytes of a memory made of frames and pairs."""
-        size = min(block_size, self.last)
+        size, nb = min(block_size, self.last), blocks_of(self.last, block_size)
         whole = self.calibration.units(size, size)
+        # after three blocks, all that can be open at once in two layers has been
+        working = self.calibration.working(memory, size, self.last if nb == 1 else min(nb, 3) * size, False)
         if memory != "inputs":
             projections = counts.evaluations[0] * self.stack.n_layers if memory == "layerwise" else None
-            return whole.seconds(counts, projections), whole.working
+            if self.first < self.last:  # the ids so far, beside those with one more
+                working += 8 * self.last * self.calibration.batch_size
+            return whole.seconds(counts, projections), working
         # a prefix in blocks, then single queries against pages
         prefix = count(self.stack, memory, block_size, self.first, self.first)
         steps = Counts(
             tuple(a - b for a, b in zip(counts.evaluations, prefix.evaluations, strict=True)),
             counts.pairs - prefix.pairs,
         )
-        single = self.calibration.units(1, size)
-        return whole.seconds(prefix) + single.seconds(steps), max(whole.working, single.working)
+        working = self.calibration.working(memory, size, min(self.first, 3 * size), False)
+        if self.first < self.last:
+            working = max(working, self.calibration.working(memory, size, min(self.last, 3 * size), True))
+        return whole.seconds(prefix) + self.calibration.units(1, size).seconds(steps), working
 
     def cached(self, block_size: int) -> tuple[float, int]:
         """Estimates seconds and working bytes of the model's own cache."""
@@ -207,11 +226,52 @@ class Job:
         nb = blocks_of(self.first, block_size)
         seconds = sum(block.seconds + block.seconds_per_token * self.seen(b * block_size) for b in range(nb))
         seconds += steps * (single.seconds + single.seconds_per_token * self.seen((self.first + self.last) // 2))
-        call = max(use.working + use.working_per_token * self.seen(self.last) for use in (block, single))
-        # the buffers of a cache have room for half as much again (`layers.append`), and one at a time is copied
-        tensors = [(self.spec_bytes(spec), spec[0]) for spec in self.specs() if len(spec[0]) > 1]
-        room = sum(n // 2 + 8 * n // max(shape[0] or self.last, 1) for n, shape in tensors)
-        return seconds, round(call) + room + max(n for n, _ in tensors)
+        return seconds, max(0, self.cache_peak(size) - self.kv_bytes(block_size))
+
+    def cache_peak(self, size: int) -> int:
+        """Returns the most that the model's own cache and a call take: a full buffer is copied into one with room."""
+        most, end, capacity = self.calibration.call_bytes(size, 0), size, columns_of(size)
+        for rows, stop in ((size, self.first), (1, self.last)):
+            while end < stop:
+                free = capacity - end
+                fit = stop if stop - end <= free else end + free // rows * rows
+                if fit > end:  # calls that find room
+                    call = self.call_bytes(rows, fit - 1) - self.buffer_bytes(columns_of(fit - 1 + rows), grow=True)
+                    most, end = max(most, self.buffer_bytes(capacity, size) + call), fit
+                else:  # and one that does not
+                    most = max(most, self.buffer_bytes(capacity, size) + self.call_bytes(rows, end))
+                    end = min(stop, end + rows)
+                    capacity = columns_of(end)
+        # logits of the last token, and its features twice, beside the buffers; a state's position may be
+        # a view of those of a whole block
+        head = self.calibration.head()[1] + 2 * self.row_bytes("x") + self.buffer_bytes(capacity, size)
+        return max(most, head) + 8 * (size + 2) * self.stack.n_layers * self.calibration.batch_size
+
+    def call_bytes(self, rows: int, tokens: int) -> int:
+        """Returns the bytes that a call makes behind so many tokens: measured, but for long caches extrapolated."""
+        call, long = self.calibration.call_bytes, self.calibration.long
+        if tokens <= long or all(shape[0] is not None for shape, _ in self.caches()):
+            return call(rows, min(tokens, long))
+        working = call(rows, long) - self.buffer_bytes(columns_of(long + rows), grow=True)
+        return -(-working * tokens // long) + self.buffer_bytes(columns_of(tokens + rows), grow=True)
+
+    def caches(self) -> list[tuple[tuple[int | None, ...], torch.dtype | None]]:
+        return [spec for spec in self.specs() if len(spec[0]) > 1]
+
+    def buffer_bytes(self, columns: int, size: int = 0, *, grow: bool = False) -> int:
+        """Counts the bytes of buffers of so many columns; those of a window hold at most what a call copies there.
+
+        With `grow`, of those alone that grow with the text.
+        """
+        total = 0
+        for spec in self.specs():
+            n = spec[0][0] if spec[0] else 0
+            if n is None:
+                total += self.spec_bytes(spec) // self.last * columns
+            elif not grow:
+                most = columns_of(n + size) if n else 1
+                total += -(-self.spec_bytes(spec) // max(n, 1)) * most
+        return total
 
     def seen(self, tokens: int) -> int:
         """Returns how many tokens a cache holds after so many, in the layer that holds the most."""

@@ -37,7 +37,15 @@ def test_unequal_logits_are_an_error(capsys: pytest.CaptureFixture[str], monkeyp
 
 def test_what_would_not_finish_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.main(["--length", "400", "--d-model", "16", "--layers", "3", "--time-limit", "1"]) == 2
-    assert "--time-limit 1 s. 'constant' evaluates 1.1e+09 blocks: take a smaller" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert re.search(r"--time-limit 1 s\. '\w+' evaluates \S+ blocks: take a smaller", captured.err)
+    assert "Expected to take" in captured.out
+
+
+def test_refuses_before_it_makes_ids(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "bytes_of", None)
+    assert demo.main(["--length", "1000000000", "--d-model", "16", "--layers", "8"]) == 2
+    assert "take a smaller --length or --layers" in capsys.readouterr().err
 
 
 def test_reads_a_file(tmp_path: Path) -> None:
@@ -53,6 +61,9 @@ def test_reads_a_file(tmp_path: Path) -> None:
         ("--text missing", "--text: expected a file with something in it, got missing"),
         ("--d-model 17", "--d-model, --kv-heads, --window: n_heads: no even head width"),
         ("--window 0", "window: expected an integer >= 1, got 0"),
+        ("--time-limit nan", "--time-limit: expected seconds > 0, got nan"),
+        ("--time-limit -1", "--time-limit: expected seconds > 0, got -1.0"),
+        ("--seed 99999999999999999999", "--seed: expected an integer from -2^63 to 2^64 - 1, got 99999999999999999999"),
         ("--kv-heads 3", "n_kv_heads: expected a divisor of"),
     ],
 )
