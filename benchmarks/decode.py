@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from linrnn.decode import AttentionDecoder, Calibration, Choice
-from linrnn.decode.plan import Job, show_bytes, show_count, show_seconds
+from linrnn.decode._job import Job
+from linrnn.decode.plan import show_bytes, show_count, show_seconds
 from linrnn.models import LanguageModel
 
 LENGTHS = (128, 512, 2048, 8192, 16384)

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from linrnn.decode._job import Choice, Job
 from linrnn.decode.attention import AttentionDecoder
 from linrnn.decode.calibration import Calibration
 from linrnn.decode.live import LiveBytes
-from linrnn.decode.plan import Choice, Job, aligned, show_bytes, show_count, show_seconds
+from linrnn.decode.plan import aligned, show_bytes, show_count, show_seconds
 from linrnn.models.language import LanguageModel
 
 TEXT = (

@@ -9,9 +9,10 @@ import torch
 
 from linrnn.decode import AttentionDecoder, Calibration, Choice, LiveBytes, NoPlan, Plan, plan
 from linrnn.decode._counts import count, recursion
+from linrnn.decode._job import Job
 from linrnn.decode._stack import AttentionStack
 from linrnn.decode.calibration import Units
-from linrnn.decode.plan import Job, show_bytes, show_count, show_seconds
+from linrnn.decode.plan import show_bytes, show_count, show_seconds
 from linrnn.layers.positions import ALiBi
 from linrnn.models import LanguageModel
 
