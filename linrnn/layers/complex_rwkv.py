@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from linrnn.layers.base import StateSpec, accumulation_dtype
+from linrnn.layers.base import StateSpec, accumulation_dtype, finite
 from linrnn.layers.wkv_mix import WKVMix
 
 
@@ -45,8 +45,8 @@ class ComplexRWKV(WKVMix):
         lr_scale: float = 0.5,
     ):
         super().__init__(d_model, d_state=d_state, r_min=r_min, r_max=r_max, lr_scale=lr_scale)
-        if not rope_base >= 1:
-            raise ValueError(f"rope_base: expected a number >= 1, got {rope_base}")
+        if not finite(rope_base) or not rope_base >= 1:
+            raise ValueError(f"rope_base: expected a number >= 1, got {rope_base!r}")
         self.rope_base = rope_base
         self.theta_log = nn.Parameter(torch.empty(self.d_state))
         self.reset_parameters()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, positive_int
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, finite, positive_int
 from linrnn.layers.feature_maps import FEATURE_MAPS, FeatureMap, find_map
 from linrnn.layers.heads import HeadNorm, count_heads, merge_heads, split_heads, white_
 from linrnn.layers.kernel_attention import Features, causal, noncausal
@@ -147,8 +147,8 @@ class LinearAttention(KernelAttention):
         if rope and not kind.rotates:
             allowed = ", ".join(repr(name) for name, kind in FEATURE_MAPS.items() if kind.rotates)
             raise ValueError(f"rope: expected False with {feature_map!r}; rotary positions turn features of {allowed}")
-        if not rope_base > 0:
-            raise ValueError(f"rope_base: expected a number > 0, got {rope_base}")
+        if not finite(rope_base) or not rope_base > 0:
+            raise ValueError(f"rope_base: expected a number > 0, got {rope_base!r}")
         if feature_map == "taylor" and d_key is None:
             d_key = min(d_model // count_heads(d_model, n_heads), 16)
         super().__init__(

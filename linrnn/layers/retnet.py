@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, positive_int
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, finite, positive_int
 from linrnn.layers.heads import HeadNorm, count_heads, merge_heads, split_heads
 from linrnn.layers.rotary import count_real, rotate_back, rotate_features
 from linrnn.ops import linear_attention
@@ -47,8 +47,8 @@ class RetNet(RecurrentLayer):
         self.d_value = 2 * self.d_key if d_value is None else positive_int("d_value", d_value)
         if self.d_key % 2:
             raise ValueError(f"n_heads: rotary positions need an even width d_model / n_heads, got {self.d_key}")
-        if not rope_base > 0:
-            raise ValueError(f"rope_base: expected a number > 0, got {rope_base}")
+        if not finite(rope_base) or not rope_base > 0:
+            raise ValueError(f"rope_base: expected a number > 0, got {rope_base!r}")
         self.rope_base = rope_base
         values = self.n_heads * self.d_value
         self.sizes = (d_model, d_model, values, values)  # of q, k, v and the gate
