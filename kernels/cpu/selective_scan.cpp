@@ -8,11 +8,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <vector>
 
 #include "exponential.h"
 #include "parallel.h"
 #include "rows.h"
+#include "strips.h"
 
 // States and A are (.., D, N), B and C are (B, T, G, N), contiguous; a null pointer is an absent argument.
 struct LinrnnSelectiveScan {
@@ -33,32 +33,6 @@ namespace linrnn {
 namespace selective {
 
 using Args = LinrnnSelectiveScan;
-constexpr int W = 32;  // channels of a strip; the last one of a group is filled up with zeros
-
-// Numbers of a strip, each row of W channels: real ones in one plane, complex ones in two.
-template <class R>
-class Planes {
-  std::vector<R> numbers_;
-  int64_t rows_;
-
- public:
-  Planes(int64_t rows, int planes) : numbers_(rows * planes * W + 16), rows_(rows) {}
-  R* operator()(int64_t row, int plane = 0) {
-    constexpr uintptr_t kLine = 64;
-    const auto base = (reinterpret_cast<uintptr_t>(numbers_.data()) + kLine - 1) / kLine * kLine;
-    return reinterpret_cast<R*>(base) + (plane * rows_ + row) * W;
-  }
-  void zero() { std::fill(numbers_.begin(), numbers_.end(), R{}); }
-};
-
-template <class R>
-R sum(const R* v) {
-  R lanes[8] = {};
-  for (int i = 0; i < W; i += 8)
-    for (int k = 0; k < 8; ++k) lanes[k] += v[i + k];
-  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
-}
-
 // One strip of one sequence. P is 1 for real and 2 for complex A; B, C and states have P numbers in a row of memory.
 template <class R, int P>
 class Strip {
