@@ -10,6 +10,8 @@ from torch import Tensor
 from linrnn.layers import FLASH, GAU, FLASHState
 from linrnn.models.optim import param_groups
 
+from .packed import documents, packed_rows, run_in_pieces
+
 D = 16
 VARIANTS: list[dict[str, Any]] = [
     {"chunk_size": 4},
@@ -77,30 +79,15 @@ def test_documents_in_rows_and_pieces(kwargs: dict[str, Any], bidirectional: boo
     """Packed, padded anywhere, and cut anywhere: chunks, positions and counts are those of the document alone."""
     layer = make(**kwargs, bidirectional=bidirectional)
     T, starts = 34, [[0, 9, 10, 22], [0, 5, 30, 33]]
-    reset, mask = torch.zeros(2, T, dtype=torch.bool), torch.ones(2, T, dtype=torch.bool)
-    for row, first in enumerate(starts):
-        reset[row, first[1:]] = True
-    if padded:
-        mask = torch.rand(2, T) < 0.8
-        mask[1, 30:] = False  # two documents of padding alone
-    x = torch.randn(2, T, D, dtype=torch.float64)
-    x = torch.where(mask[..., None], x, torch.nan).requires_grad_()
-    alone = torch.zeros_like(x)
-    for row, first in enumerate(starts):
-        for begin, end in zip(first, [*first[1:], T], strict=True):
-            real = begin + mask[row, begin:end].nonzero()[:, 0]
-            alone = alone.index_put((torch.tensor(row), real), layer(x[row, real][None])[0][0])
-    (their_grad,) = torch.autograd.grad((alone**2).sum(), x)
+    x, reset, mask = packed_rows(starts, T, D, 0.8 if padded else None)
+    x.requires_grad_()
+    their = torch.cat([layer(x[row, real][None])[0][0] for row, real in documents(starts, mask)])
+    (their_grad,) = torch.autograd.grad((their**2).sum(), x)
 
     for lengths in [[T]] if bidirectional else [[T], [1] * T, [12, 0, 1, 21]]:
-        ys, state = [], None
-        for part in torch.arange(T).split(lengths):
-            flags = {"reset": reset[:, part], "mask": mask[:, part] if padded else None}
-            y, state = layer(x[:, part], state, **flags)
-            ys.append(y)
-        y = torch.cat(ys, 1)[mask]
-        torch.testing.assert_close(y, alone[mask], rtol=1e-10, atol=1e-10)
-        (our_grad,) = torch.autograd.grad((y**2).sum(), x)
+        our = run_in_pieces(layer, x, reset, mask if padded else None, lengths)[mask]
+        torch.testing.assert_close(our, their, rtol=1e-10, atol=1e-10)
+        (our_grad,) = torch.autograd.grad((our**2).sum(), x)
         torch.testing.assert_close(our_grad, their_grad, rtol=1e-8, atol=1e-8)
 
 

@@ -13,6 +13,8 @@ from linrnn.layers import GAU, GAUState
 from linrnn.layers import gau as module
 from linrnn.models.optim import param_groups
 
+from .packed import documents, packed_rows, run_in_pieces
+
 D = 16
 VARIANTS: list[dict[str, Any]] = [
     {"attention": "relu2"},
@@ -89,26 +91,12 @@ def test_documents_in_rows_and_pieces(kwargs: dict[str, Any], bidirectional: boo
     """Packed, padded anywhere, and cut anywhere: positions and n are those of the document alone."""
     layer = make(**kwargs, bidirectional=bidirectional)
     T, starts = 40, [[0, 9, 10, 22], [0, 5, 36, 39]]
-    reset, mask = torch.zeros(2, T, dtype=torch.bool), torch.ones(2, T, dtype=torch.bool)
-    for row, first in enumerate(starts):
-        reset[row, first[1:]] = True
-    if padded:
-        mask = torch.rand(2, T) < 0.8
-        mask[1, 36:] = False  # two documents of padding alone
-    x = torch.randn(2, T, D, dtype=torch.float64)
-    x = torch.where(mask[..., None], x, torch.nan)
+    x, reset, mask = packed_rows(starts, T, D, 0.8 if padded else None)
     with torch.no_grad():
-        expected = []
-        for row, first in enumerate(starts):
-            for begin, end in zip(first, [*first[1:], T], strict=True):
-                real = mask[row, begin:end]
-                expected += [naive(layer, x[row, begin:end][real])] if real.any() else []
+        expected = torch.cat([naive(layer, x[row, real]) for row, real in documents(starts, mask)])
         for lengths in [[T]] if bidirectional else [[T], [1] * T, [12, 0, 1, 27]]:
-            ys, state = [], None
-            for part in torch.arange(T).split(lengths):
-                y, state = layer(x[:, part], state, reset=reset[:, part], mask=mask[:, part] if padded else None)
-                ys.append(y)
-            torch.testing.assert_close(torch.cat(ys, 1)[mask], torch.cat(expected), rtol=1e-10, atol=1e-10)
+            y = run_in_pieces(layer, x, reset, mask if padded else None, lengths)
+            torch.testing.assert_close(y[mask], expected, rtol=1e-10, atol=1e-10)
 
 
 def test_without_a_gate_it_is_attention() -> None:

@@ -12,6 +12,8 @@ from linrnn.layers import Mega, MegaState
 from linrnn.layers.relative_bias import RotaryBias, SimpleBias
 from linrnn.models.optim import param_groups
 
+from .packed import documents, packed_rows, run_in_pieces
+
 D = 16
 VARIANTS: list[dict[str, Any]] = [
     {"chunk_size": None},
@@ -100,32 +102,15 @@ def test_documents_in_rows_and_pieces(kwargs: dict[str, Any], bidirectional: boo
     """Packed, padded anywhere, and cut anywhere: chunks, positions and counts are those of the document alone."""
     layer = make(**kwargs, bidirectional=bidirectional)
     T, starts = 27, [[0, 9, 10, 22], [0, 5, 23, 26]]
-    reset, mask = torch.zeros(2, T, dtype=torch.bool), torch.ones(2, T, dtype=torch.bool)
-    for row, first in enumerate(starts):
-        reset[row, first[1:]] = True
-    if padded:
-        mask = torch.rand(2, T) < 0.7
-        mask[1, 23:] = False  # two documents of padding alone
-    x = torch.randn(2, T, D, dtype=torch.float64)
-    x = torch.where(mask[..., None], x, torch.nan).requires_grad_()
+    x, reset, mask = packed_rows(starts, T, D, 0.7 if padded else None)
+    x.requires_grad_()
+    their = torch.cat([naive(layer, x[row, real]) for row, real in documents(starts, mask)])
+    (their_grad,) = torch.autograd.grad((their**2).sum(), x)
 
     for lengths in [[T]] if bidirectional else [[T], [1] * T, [12, 0, 1, 14]]:
-        ys, state = [], None
-        for part in torch.arange(T).split(lengths):
-            flags = {"reset": reset[:, part], "mask": mask[:, part] if padded else None}
-            y, state = layer(x[:, part], state, **flags)
-            ys.append(y)
-        y = torch.cat(ys, 1)
-        ours, theirs = [], []
-        for row, first in enumerate(starts):
-            for begin, end in zip(first, [*first[1:], T], strict=True):
-                real = mask[row, begin:end]
-                if real.any():
-                    ours.append(y[row, begin:end][real])
-                    theirs.append(naive(layer, x[row, begin:end][real]))
-        our, their = torch.cat(ours), torch.cat(theirs)
+        our = run_in_pieces(layer, x, reset, mask if padded else None, lengths)[mask]
         torch.testing.assert_close(our, their, rtol=1e-10, atol=1e-10)
-        our_grad, their_grad = (torch.autograd.grad((out**2).sum(), x)[0] for out in (our, their))
+        (our_grad,) = torch.autograd.grad((our**2).sum(), x)
         torch.testing.assert_close(our_grad, their_grad, rtol=1e-8, atol=1e-8)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from linrnn.layers import Nystrom
 
+from .packed import documents, packed_rows
+
 D = 16
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -78,24 +80,11 @@ def test_documents_in_rows(
     """Packed and padded anywhere: landmarks are means of tokens of one document, as many as the document alone has."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
     layer = make(**kwargs)
-    T, starts = 40, [[0, 9, 10, 22], [0, 5, 36, 39]]
-    reset, mask = torch.zeros(2, T, dtype=torch.bool), torch.ones(2, T, dtype=torch.bool)
-    for row, first in enumerate(starts):
-        reset[row, first[1:]] = True
-    if padded:
-        mask = torch.rand(2, T) < 0.8
-        mask[1, 36:] = False  # two documents of padding alone
-    x = torch.randn(2, T, D, dtype=torch.float64)
-    x = torch.where(mask[..., None], x, torch.nan).requires_grad_()
-    y, _ = layer(x, reset=reset, mask=mask if padded else None)
-    ours, theirs = [], []
-    for row, first in enumerate(starts):
-        for begin, end in zip(first, [*first[1:], T], strict=True):
-            real = mask[row, begin:end]
-            if real.any():
-                ours.append(y[row, begin:end][real])
-                theirs.append(naive(layer, x[row, begin:end][real]))
-    our, their = torch.cat(ours), torch.cat(theirs)
+    starts = [[0, 9, 10, 22], [0, 5, 36, 39]]
+    x, reset, mask = packed_rows(starts, 40, D, 0.8 if padded else None)
+    x.requires_grad_()
+    our = layer(x, reset=reset, mask=mask if padded else None)[0][mask]
+    their = torch.cat([naive(layer, x[row, real]) for row, real in documents(starts, mask)])
     torch.testing.assert_close(our, their, rtol=1e-8, atol=1e-8)
     our_grad, their_grad = (torch.autograd.grad((out**2).sum(), x)[0] for out in (our, their))
     torch.testing.assert_close(our_grad, their_grad, rtol=1e-6, atol=1e-6)
