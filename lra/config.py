@@ -9,53 +9,15 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import ceil
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
+
+from lra.checks import check, check_types
 
 Regime = Literal["scratch", "pretrain", "finetune"]
 Objective = Literal["auto", "masked", "causal"]
 
 # Part of every plan: raised when the code changes what the same configuration computes.
-PROTOCOL = 1
-
-
-def _check(ok: bool, name: str, value: Any, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {allowed}; got {value!r}")
-
-
-_WORDS = {
-    int: "an integer",
-    float: "a number such as 0.001",
-    bool: "true or false",
-    str: "a string",
-    dict: "a mapping",
-    NoneType: "null",
-}
-
-
-def _check_types(config: Any, prefix: str = "") -> None:
-    """Refuses a value that is not of its field's type, which YAML and callers without a type checker let through."""
-    for f in fields(config):
-        kinds = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
-        value = getattr(config, f.name)
-        allowed = " or ".join(_words(kind) for kind in kinds)
-        _check(any(_fits(value, kind) for kind in kinds), f"{prefix}{f.name}", value, allowed)
-
-
-def _words(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    base = get_origin(kind) or kind
-    return _WORDS.get(base, f"a {base.__name__}")
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if isinstance(value, bool):  # an int to Python, not to whoever writes `seed: true`
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
+PROTOCOL = 2
 
 
 @dataclass(frozen=True)
@@ -82,13 +44,22 @@ class Model:
     """How the sequence becomes one vector; auto: the task's pooling, or `last` when not bidirectional."""
     mixer_kwargs: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the mixer, such as {r_min: 0.5} for lru or {n_heads: 4} for attention."""
+    per_mixer: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The same for several mixers by name, such as {lru: {r_min: 0.5}}; mixer_kwargs come on top."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "model.")
-        _check(self.d_model >= 1, "model.d_model", self.d_model, "at least 1")
-        _check(self.n_layers >= 1, "model.n_layers", self.n_layers, "at least 1")
-        _check(self.ffn_expand > 0, "model.ffn_expand", self.ffn_expand, "positive")
-        _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+        check_types(self, "model.")
+        check(self.d_model >= 1, "model.d_model", self.d_model, "at least 1")
+        check(self.n_layers >= 1, "model.n_layers", self.n_layers, "at least 1")
+        check(self.ffn_expand > 0, "model.ffn_expand", self.ffn_expand, "positive")
+        check(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+        for name, kwargs in self.per_mixer.items():
+            check(isinstance(kwargs, dict), f"model.per_mixer.{name}", kwargs, "a mapping of keyword arguments")
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of the mixer, resolved."""
+        return {**self.per_mixer.get(self.mixer, {}), **self.mixer_kwargs}
 
 
 @dataclass(frozen=True)
@@ -111,13 +82,13 @@ class Optim:
     """Largest norm of the gradient; null: no clipping."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "optim.")
-        _check(self.lr > 0, "optim.lr", self.lr, "positive")
-        _check(self.pretrain_lr is None or self.pretrain_lr > 0, "optim.pretrain_lr", self.pretrain_lr, "positive")
-        _check(self.batch_size >= 1, "optim.batch_size", self.batch_size, "at least 1")
-        _check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
-        _check(0 <= self.warmup <= 1, "optim.warmup", self.warmup, "in [0, 1]")
-        _check(self.clip is None or self.clip > 0, "optim.clip", self.clip, "positive or null")
+        check_types(self, "optim.")
+        check(self.lr > 0, "optim.lr", self.lr, "positive")
+        check(self.pretrain_lr is None or self.pretrain_lr > 0, "optim.pretrain_lr", self.pretrain_lr, "positive")
+        check(self.batch_size >= 1, "optim.batch_size", self.batch_size, "at least 1")
+        check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
+        check(0 <= self.warmup <= 1, "optim.warmup", self.warmup, "in [0, 1]")
+        check(self.clip is None or self.clip > 0, "optim.clip", self.clip, "positive or null")
 
 
 @dataclass(frozen=True)
@@ -128,24 +99,40 @@ class Budget:
     """Optimiser steps in all: pretraining + fine-tuning, or training from scratch."""
     pretrain_share: float = 0.4
     """Share of the steps that finetune spends on pretraining."""
+    data: float = 1.0
+    """Share of the training rows that pretraining and training on labels may see (the first ones: nested subsets)."""
     labels: int | None = None
-    """Labelled training examples the classifier may see (the first n); pretraining sees every training input."""
+    """Labelled training examples the classifier may see (the first n); pretraining sees all those of `data`."""
     evaluations: int = 20
     """How often a run scores the validation split; the best score chooses the weights that are kept."""
     checkpoint_every: int = 500
     """Steps between the checkpoints a killed run resumes from."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "budget.")
-        _check(self.steps >= 2, "budget.steps", self.steps, "at least 2")
-        _check(0 < self.pretrain_share < 1, "budget.pretrain_share", self.pretrain_share, "strictly between 0 and 1")
-        _check(self.labels is None or self.labels >= 1, "budget.labels", self.labels, "at least 1, or null for all")
-        _check(self.evaluations >= 1, "budget.evaluations", self.evaluations, "at least 1")
-        _check(self.checkpoint_every >= 1, "budget.checkpoint_every", self.checkpoint_every, "at least 1")
+        check_types(self, "budget.")
+        check(self.steps >= 2, "budget.steps", self.steps, "at least 2")
+        check(0 < self.pretrain_share < 1, "budget.pretrain_share", self.pretrain_share, "strictly between 0 and 1")
+        check(0 < self.data <= 1, "budget.data", self.data, "in (0, 1]")
+        check(self.labels is None or self.labels >= 1, "budget.labels", self.labels, "at least 1, or null for all")
+        check(self.evaluations >= 1, "budget.evaluations", self.evaluations, "at least 1")
+        check(self.checkpoint_every >= 1, "budget.checkpoint_every", self.checkpoint_every, "at least 1")
 
     @property
     def pretrain_steps(self) -> int:
         return min(max(round(self.steps * self.pretrain_share), 1), self.steps - 1)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the numbers are computed; both change their last digits, and so the cell."""
+
+    precision: Literal["32", "bf16"] = "32"
+    """32: float32 throughout; bf16: matrix products in bfloat16 by autocast, weights and states in float32."""
+    compile: bool = False
+    """Run the network through torch.compile."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "compute.")
 
 
 @dataclass(frozen=True)
@@ -159,12 +146,13 @@ class Cell:
     regime: Regime = "scratch"
     objective: Objective = "auto"
     seed: int = 0
+    compute: Compute = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
         named = isinstance(self.task, dict) and "name" in self.task
-        _check(named, "task", self.task, "a mapping with the key `name` (`lra tasks` lists the names)")
-        _check_types(self)
-        _check(self.seed >= 0, "seed", self.seed, "at least 0")
+        check(named, "task", self.task, "a mapping with the key `name` (`lra tasks` lists the names)")
+        check_types(self)
+        check(self.seed >= 0, "seed", self.seed, "at least 0")
         allowed = "masked" if self.model.bidirectional else "causal"
         if self.objective not in ("auto", allowed):
             raise ValueError(
@@ -226,11 +214,13 @@ class Cell:
         plan: dict[str, Any] = {
             "protocol": PROTOCOL,
             "task": {"name": task.name, "version": task.version, **asdict(task)},
-            "model": asdict(self.model),
+            "model": {**asdict(replace(self.model, per_mixer={})), "mixer_kwargs": self.model.kwargs},
             "optim": {k: getattr(self.optim, k) for k in ("batch_size", "weight_decay", "warmup", "schedule", "clip")},
             "lr": self.lr,
             "steps": self.steps,
             "evaluations": self.budget.evaluations,
+            "data": self.budget.data,
+            "compute": asdict(self.compute),
             "regime": self.regime,
             "seed": self.seed,
         }
@@ -266,7 +256,7 @@ def cell_from_dict(config: dict[str, Any]) -> Cell:
     Raises:
         ValueError: an unknown key, with the allowed ones, or a bad value.
     """
-    sections = {"model": Model, "optim": Optim, "budget": Budget}
+    sections = {"model": Model, "optim": Optim, "budget": Budget, "compute": Compute}
     _refuse_unknown("", config, Cell)
     for name, section in sections.items():
         _refuse_unknown(f"{name}.", config.get(name, {}), section)
@@ -275,7 +265,7 @@ def cell_from_dict(config: dict[str, Any]) -> Cell:
 
 
 def _refuse_unknown(prefix: str, given: dict[str, Any], section: type) -> None:
-    _check(isinstance(given, dict), prefix.rstrip(".") or "the configuration", given, "a mapping of keys")
+    check(isinstance(given, dict), prefix.rstrip(".") or "the configuration", given, "a mapping of keys")
     allowed = [f.name for f in fields(section)]
     for key in given:
         if key not in allowed:

@@ -1,4 +1,4 @@
-"""The cache of generated data sets: made once, checked on every load, shared by concurrent runs.
+"""The cache of data sets: made once, checked on every load, shared by concurrent runs.
 
 A data set is a folder `<cache>/<task>/<key>` of Arrow files in the format of `datasets`, one folder per split, with a
 manifest.json: the configuration, rows and a SHA-256 of the values per split (the same on every machine, whatever the
@@ -14,15 +14,17 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lra.tasks.base import SPLITS
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from lra.tasks import ListOps
+    from lra.tasks import Task
 
-SPLITS = ("train", "val", "test")
 MANIFEST = "manifest.json"
 
 
@@ -37,60 +39,70 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lra"
 
 
-def data_key(task: ListOps) -> str:
+def data_key(task: Task) -> str:
     """Returns the first 12 hexadecimal digits of the SHA-256 of what decides the task's data."""
     canonical = json.dumps(task.data_config(), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def data_dir(task: ListOps, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+def data_folder(task: Task, cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """Returns the folder in which the task's data set is, or would be."""
     return Path(cache_dir or default_cache_dir()).expanduser() / task.name / data_key(task)
 
 
 def load(
-    task: ListOps,
+    task: Task,
     cache_dir: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     force: bool = False,
+    data_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, Dataset]:
-    """Returns the splits train, val and test of a task, memory-mapped, generating them first if they are not cached.
+    """Returns the splits train, val and test of a task, memory-mapped, making them first if they are not cached.
 
     Args:
         task: what to load.
         cache_dir: folder of all data sets; None for `default_cache_dir()`.
         workers: threads that generate; None for one per core. The data do not depend on it.
-        force: generate even if cached, replacing what is there.
+        force: make them even if cached, replacing what is there.
+        data_dir: folder of the source files of a task on real data; None for the hub. What is cached comes first.
 
     Raises:
         CacheError: the cached files are not those that were written.
-        ValueError: the task cannot be generated as configured.
+        ValueError: the task cannot be made as configured, or its source is missing or of another form.
     """
     from filelock import FileLock
 
-    folder = data_dir(task, cache_dir)
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    source = None if data_dir is None else Path(data_dir).expanduser()
+    if source is not None and not source.is_dir():
+        raise ValueError(f"data_dir: no folder {str(source)!r}")
+
+    folder = data_folder(task, cache_dir)
     if folder.exists() and not force and not os.access(folder.parent, os.W_OK):
         return _read(task, folder)  # nobody here can write to a shared, read-only cache, so nothing is to be locked
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if force or not folder.exists():
-            _write(task, folder, workers)
+            _write(task, folder, workers, source)
         return _read(task, folder)
 
 
-def _write(task: ListOps, folder: Path, workers: int | None) -> None:
+def _write(task: Task, folder: Path, workers: int | None, source: Path | None) -> None:
     """Generates into a temporary folder beside `folder`, then puts it in place. Call it under the lock."""
     for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a process that was killed
         shutil.rmtree(left)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
         made = temporary / "new"
-        splits = task.generate(workers)
+        splits = task.generate(workers, source)
+        _check_columns(task, splits)
         for name in SPLITS:
             _save(splits[name], made / name)
         files = [path for path in sorted(made.rglob("*")) if path.is_file()]
         manifest = {
             "config": task.data_config(),
+            "source": task.source(source),
             "rows": {name: len(splits[name]) for name in SPLITS},
             "values": {name: _values_sha256(splits[name]) for name in SPLITS},
             "files": {path.relative_to(made).as_posix(): _sha256(path) for path in files},
@@ -101,6 +113,16 @@ def _write(task: ListOps, folder: Path, workers: int | None) -> None:
         made.rename(folder)
     finally:
         shutil.rmtree(temporary)
+
+
+def _check_columns(task: Task, splits: Mapping[str, Dataset]) -> None:
+    """Refuses to store what no cell could read."""
+    wanted = {"input_ids", "labels" if task.dense else "label", *(["input_ids_2"] if task.two_inputs else [])}
+    for name in SPLITS:
+        if missing := sorted(wanted - set(splits[name].column_names)):
+            raise ValueError(f"task {task.name!r}: split {name} lacks the columns {', '.join(missing)}")
+        if not len(splits[name]):
+            raise ValueError(f"task {task.name!r}: split {name} is empty")
 
 
 def _save(split: Dataset, folder: Path) -> None:
@@ -115,7 +137,14 @@ def _save(split: Dataset, folder: Path) -> None:
             datasets.enable_progress_bars()
 
 
-def _read(task: ListOps, folder: Path) -> dict[str, Dataset]:
+def origin(task: Task, cache_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Returns what a cached data set is: `fingerprint`, a hash of its values, and `source`, where they come from."""
+    manifest = _manifest(task, data_folder(task, cache_dir))
+    values = json.dumps(manifest["values"], sort_keys=True)
+    return {"fingerprint": hashlib.sha256(values.encode()).hexdigest()[:16], "source": manifest["source"]}
+
+
+def _read(task: Task, folder: Path) -> dict[str, Dataset]:
     import datasets
 
     manifest = _manifest(task, folder)
@@ -127,7 +156,7 @@ def _read(task: ListOps, folder: Path) -> dict[str, Dataset]:
     return {name: datasets.load_from_disk(folder / name) for name in SPLITS}
 
 
-def _manifest(task: ListOps, folder: Path) -> dict[str, Any]:
+def _manifest(task: Task, folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise _damaged(task, folder, MANIFEST, "is missing")
@@ -135,16 +164,17 @@ def _manifest(task: ListOps, folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["config"] != task.data_config():
             raise _damaged(task, folder, MANIFEST, "describes another data set")
-        if not {f"{name}/state.json" for name in SPLITS} <= set(manifest["files"]):
-            raise _damaged(task, folder, MANIFEST, "lacks the checksums of a split")
+        parts = {f"{name}/state.json" for name in SPLITS}
+        if not parts <= set(manifest["files"]) or not {"source", "values"} <= set(manifest):
+            raise _damaged(task, folder, MANIFEST, "lacks a part")
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(task, folder, MANIFEST, "cannot be read as a manifest") from error
     return manifest
 
 
-def _damaged(task: ListOps, folder: Path, name: str, what: str) -> CacheError:
+def _damaged(task: Task, folder: Path, name: str, what: str) -> CacheError:
     return CacheError(
-        f"{folder / name} {what}; to generate the data again, run `lra data {task.name} --force` "
+        f"{folder / name} {what}; to make the data again, run `lra data {task.name} --force` "
         f"with the same options of the task, or delete {folder}"
     )
 

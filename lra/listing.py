@@ -23,14 +23,14 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 def show_tasks(cache_dir: str | None) -> None:
     """Prints the tasks with their defaults and the presets."""
-    from lra.data import data_dir
+    from lra.data import data_folder
     from lra.presets import presets
     from lra.tasks import TASKS
 
     rows = []
     for name, make in TASKS.items():
         task = make()
-        here = "yes" if data_dir(task, cache_dir).exists() else f"lra data {name}"
+        here = "yes" if data_folder(task, cache_dir).exists() else f"lra data {name}"
         splits = " / ".join(f"{n:,}" for n in (task.n_train, task.n_val, task.n_test))
         numbers = [str(task.n_classes), f"{1 / task.n_classes:.0%}", f"{task.max_length:,}", str(task.vocab_size)]
         rows.append([name, *numbers, splits, f"{task.mask_rate:.0%}", task.pooling, here])
@@ -47,7 +47,7 @@ def show_tasks(cache_dir: str | None) -> None:
 def show_data(config: dict[str, Any], cache_dir: str | None, workers: int | None, force: bool) -> None:
     """Makes or checks a data set and prints its splits and reference lines."""
     from lra.batches import Tokens, describe
-    from lra.data import data_dir, load
+    from lra.data import data_folder, load
 
     task = Cell(task=config).build_task()
     splits = load(task, cache_dir, workers=workers, force=force)
@@ -56,7 +56,7 @@ def show_data(config: dict[str, Any], cache_dir: str | None, workers: int | None
         size = describe(Tokens.from_dataset(split, task.pad_id))
         mean = f"{size['tokens'] / size['rows']:.0f}"
         rows.append([name, f"{size['rows']:,}", f"{size['tokens']:,}", str(size["min"]), mean, str(size["max"])])
-    table(f"{task.name}: {data_dir(task, cache_dir)}", ["split", "rows", "tokens", "shortest", "mean", "longest"], rows)
+    table(f"{task.name}: {data_folder(task, cache_dir)}", ["split", "rows", "tokens", "shortest", "mean", "longest"], rows)
     print("Test accuracy of rules that need no network:")
     for name, accuracy in task.reference_lines(splits).items():
         print(f"  {accuracy:6.1%}  {name}")

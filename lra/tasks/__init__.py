@@ -1,17 +1,18 @@
-"""The tasks of the Long Range Arena: frozen dataclasses that describe a data set and can make it."""
-
-from __future__ import annotations
+"""The tasks: frozen dataclasses that describe a data set and can make it."""
 
 from dataclasses import fields
 
+from lra.tasks.base import Ids, Levels, Task
 from lra.tasks.listops import ListOps
 
-__all__ = ["TASKS", "ListOps", "build_task"]
+__all__ = ["TASKS", "Ids", "Levels", "ListOps", "Task", "build_task"]
 
-TASKS: dict[str, type[ListOps]] = {"listops": ListOps}
+TASKS: dict[str, type[Task]] = {
+    "listops": ListOps,
+}
 
 
-def build_task(name: str, **options: object) -> ListOps:
+def build_task(name: str, **options: object) -> Task:
     """Returns the task called `name` with these options.
 
     Raises:

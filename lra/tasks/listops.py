@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from lra.checks import check
+from lra.tasks.base import Ids, Task
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
 
     from lra.tasks.listops_trees import Trees
@@ -21,8 +26,8 @@ TOKENS = ("<pad>", "<mask>", "X", "[MIN", "[MAX", "[MED", "[SM", *"0123456789")
 _IDS = {token: i for i, token in enumerate(TOKENS)}
 
 
-@dataclass(frozen=True)
-class ListOps:
+@dataclass(frozen=True, kw_only=True)
+class ListOps(Task):
     """ListOps trees of the Long Range Arena; the defaults are the benchmark's.
 
     Each split is a `datasets.Dataset` with the columns input_ids (uint8 token ids), label (0 to 9), length (tokens),
@@ -47,36 +52,21 @@ class ListOps:
     """Trees are shorter than this, in tokens."""
     p_operator: float = 0.25
     """Probability that a node above the greatest depth is an operator."""
-    seed: int = 0
-    """Seed of the trees."""
     mask_rate: float = 0.10
     """Share of positions hidden in masked pretraining (Amos et al. 2024, arXiv:2310.02980)."""
-    pooling: str = "mean"
-    """How the classifier pools over time."""
 
     name: ClassVar[str] = "listops"
-    version: ClassVar[int] = 1  # of the generator: a change of the trees of a given seed raises it
-    vocab_size: ClassVar[int] = len(TOKENS)
+    summary: ClassVar[str] = "value of a nested expression of MIN, MAX, MED, SM on digits"
     n_classes: ClassVar[int] = 10
-    pad_id: ClassVar[int] = _IDS["<pad>"]
-    mask_id: ClassVar[int] = _IDS["<mask>"]
+    inputs: ClassVar[Ids] = Ids(len(TOKENS), pad_id=_IDS["<pad>"], mask_id=_IDS["<mask>"])
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
-                raise TypeError(f"{field.name} must be an integer, got {value!r}")
-        least_of = {"n_train": 1, "n_val": 1, "n_test": 1, "max_depth": 2, "min_args": 1, "min_length": 1, "seed": 0}
+    def check(self) -> None:
+        least_of = {"n_train": 1, "n_val": 1, "n_test": 1, "max_depth": 2, "min_args": 1, "min_length": 1}
         for name, least in least_of.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            check(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         if self.max_args < self.min_args:
             raise ValueError(f"max_args must be at least min_args={self.min_args}, got {self.max_args}")
-        for name in ("p_operator", "mask_rate"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.pooling not in ("mean", "max", "last"):
-            raise ValueError(f"pooling must be mean, max or last, got {self.pooling!r}")
+        check(0.0 <= self.p_operator <= 1.0, "p_operator", self.p_operator, "in [0, 1]")
         shortest = max(self.min_length + 1, self.min_args + 2)
         if self.max_tree_length <= shortest:
             raise ValueError(
@@ -97,17 +87,12 @@ class ListOps:
         """Most tokens of a sequence."""
         return self.max_tree_length - 1
 
-    def data_config(self) -> dict[str, Any]:
-        """Returns what decides the data, and nothing else: the identity of a cached data set."""
-        config = asdict(self)
-        del config["mask_rate"], config["pooling"]
-        return {"task": self.name, "version": self.version, **config}
+    @property
+    def rows(self) -> dict[str, int]:
+        return {"train": self.n_train, "val": self.n_val, "test": self.n_test}
 
-    def generate(self, workers: int | None = None) -> dict[str, Dataset]:
+    def generate(self, workers: int | None = None, data_dir: Path | None = None) -> dict[str, Dataset]:
         """Returns freshly drawn splits train, val and test, in memory; they do not depend on `workers`.
-
-        Args:
-            workers: threads; None for one per core.
 
         Raises:
             ValueError: fewer distinct trees than asked for exist.
@@ -119,7 +104,7 @@ class ListOps:
 
         if workers is not None and workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
-        sizes = {"train": self.n_train, "val": self.n_val, "test": self.n_test}
+        sizes = self.rows
         parts = []
         with tqdm(total=sum(sizes.values()), desc="ListOps trees", unit="tree", disable=None, leave=False) as progress:
             for part in draw_distinct(self, sum(sizes.values()), workers or os.cpu_count() or 1):
@@ -133,17 +118,17 @@ class ListOps:
             for (split, size), end in zip(sizes.items(), stop, strict=True)
         }
 
-    def splits(self, cache_dir: str | os.PathLike[str] | None = None, workers: int | None = None) -> dict[str, Dataset]:
-        """Returns the splits from the cache, drawing them first if need be; see `lra.data.load`."""
-        from lra.data import load
-
-        return load(self, cache_dir, workers)
-
     def reference_lines(self, splits: Mapping[str, Dataset]) -> dict[str, float]:
         """Returns the test accuracies of rules that need no learning; see `lra.tasks.listops_reference`."""
         from lra.tasks.listops_reference import reference_lines
 
         return reference_lines(splits["train"], splits["test"])
+
+    def strata(self, split: Dataset) -> dict[str, np.ndarray]:
+        """Groups trees by how deep one must look: see `lra.tasks.listops_reference.depth_needed`."""
+        from lra.tasks.listops_reference import depth_needed
+
+        return {"depth to evaluate": depth_needed(split)}
 
     @staticmethod
     def encode(text: str) -> list[int]:
