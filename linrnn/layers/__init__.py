@@ -7,6 +7,7 @@ from linrnn.layers.aaren import Aaren
 from linrnn.layers.attention import Attention, AttentionState
 from linrnn.layers.base import RecurrentLayer, State
 from linrnn.layers.complex_rwkv import ComplexRWKV
+from linrnn.layers.conv import Conv, ConvState
 from linrnn.layers.delta_layer import DeltaState
 from linrnn.layers.deltanet import DeltaNet
 from linrnn.layers.flash import FLASH, FLASHState
@@ -35,6 +36,7 @@ LAYERS: dict[str, type[RecurrentLayer]] = {
     "aaren": Aaren,
     "attention": Attention,
     "complex_rwkv": ComplexRWKV,
+    "conv": Conv,
     "deltanet": DeltaNet,
     "flash": FLASH,
     "gated_deltanet": GatedDeltaNet,
@@ -106,6 +108,8 @@ __all__ = [
     "Attention",
     "AttentionState",
     "ComplexRWKV",
+    "Conv",
+    "ConvState",
     "DeltaNet",
     "DeltaState",
     "FLASHState",

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, positive_int
 from linrnn.layers.heads import count_heads, merge_heads, split_heads, white_
 from linrnn.layers.local_attention import Packed, in_sight, pack, sight, unpack
-from linrnn.layers.ring import last_of_document
-from linrnn.ops import causal_conv1d
+from linrnn.layers.short_conv import centred_conv, odd_width
 from linrnn.ops._inputs import full_precision
 
 
@@ -72,8 +71,8 @@ class Nystrom(RecurrentLayer):
         self.n_heads = count_heads(d_model, n_heads)
         self.n_landmarks = positive_int("n_landmarks", n_landmarks)
         self.n_iterations = positive_int("n_iterations", n_iterations)
-        if conv_width is not None and positive_int("conv_width", conv_width) % 2 == 0:
-            raise ValueError(f"conv_width: expected an odd number or None, got {conv_width}")
+        if conv_width is not None:
+            odd_width("conv_width", conv_width)
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
         self.conv = None if conv_width is None else nn.Parameter(torch.empty(self.n_heads, conv_width))
@@ -151,14 +150,8 @@ class Nystrom(RecurrentLayer):
 
     def filtered(self, v: Tensor, conv: Tensor, reset: Tensor | None) -> Tensor:
         """Maps v (B, T, D) to its convolution with the filters conv (H, W) of the heads, within documents."""
-        half, ahead = conv.shape[1] // 2, last_of_document(reset)
         conv = conv.to(v.dtype).repeat_interleave(self.d_model // self.n_heads, 0)  # (D, W)
-        o, _ = causal_conv1d(v, conv[:, : half + 1], reset=reset)
-        if half == 0:
-            return o
-        later = F.pad(conv[:, half + 1 :].flip(1), (0, 1))  # without the token itself
-        flipped, _ = causal_conv1d(v.flip(1), later, reset=None if ahead is None else ahead.flip(1))
-        return o + flipped.flip(1)
+        return centred_conv(v, conv, reset=reset)
 
 
 def pseudo_inverse(A: Tensor, same: Tensor | None, n_iterations: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linrnn.layers.base import StateSpec, accumulation_dtype, positive_int
+from linrnn.layers.ring import last_of_document
 from linrnn.ops import causal_conv1d
 
 STREAMS = ("none", "k", "qkv")
@@ -52,6 +53,35 @@ class ShortConv(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Maps x (B, T, D) and a state (None is zero) to y (B, T, D) and the next state."""
         return causal_conv1d(x, self.weight, self.bias, state, activation=self.activation, reset=reset, mask=mask)
+
+
+def odd_width(name: str, width: int) -> int:
+    """Returns the length of a filter with as many taps ahead as behind, or raises ValueError naming the argument."""
+    if positive_int(name, width) % 2 == 0:
+        raise ValueError(f"{name}: expected an odd number, as a centred filter has, got {width}")
+    return width
+
+
+def centred_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reset: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Convolves within documents: y_t = bias + sum_j weight[:, W//2 - j] * x_{t-j}, |j| <= W//2, W odd.
+
+    Maps x (B, T, D) and filters (D, W) to y (B, T, D). Padded tokens are passed over; outputs there mean nothing.
+    """
+    half = weight.shape[1] // 2
+    y, _ = causal_conv1d(x, weight[:, : half + 1], bias, reset=reset, mask=mask)
+    if half == 0:
+        return y
+    later = F.pad(weight[:, half + 1 :].flip(1), (0, 1))  # without the token itself
+    ahead = last_of_document(reset)
+    flipped, _ = causal_conv1d(
+        x.flip(1),
+        later,
+        reset=None if ahead is None else ahead.flip(1),
+        mask=None if mask is None else mask.flip(1),
+    )
+    return y + flipped.flip(1)
 
 
 def take_filters_of_conv1d(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

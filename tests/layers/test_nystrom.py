@@ -199,7 +199,7 @@ def test_it_has_no_causal_form() -> None:
         ({"n_heads": 3}, "n_heads: expected a divisor of 16, got 3"),
         ({"n_landmarks": 0}, "n_landmarks: expected an integer >= 1, got 0"),
         ({"n_iterations": 0}, "n_iterations: expected an integer >= 1, got 0"),
-        ({"conv_width": 32}, "conv_width: expected an odd number or None, got 32"),
+        ({"conv_width": 32}, "conv_width: expected an odd number, as a centred filter has, got 32"),
         ({"conv_width": 0}, "conv_width: expected an integer >= 1, got 0"),
     ],
 )
