@@ -1,18 +1,23 @@
-"""Token batches as pure functions: batch t of a run depends on (seed, t) and nothing else.
+"""Batches as pure functions: batch t of a run depends on (seed, t) and nothing else.
 
 That is what makes a killed and resumed run equal an uninterrupted one bit for bit: no sampler or worker carries a
 state, the step number is the whole state. Random draws inside a step are keyed the same way by `stream_seed`.
 """
 
 import hashlib
+import time
+import warnings
 from collections.abc import Iterator
 from functools import lru_cache
+from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
+
+from lra.tasks.base import IGNORED, Ids, Task, column
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,12 +26,42 @@ if TYPE_CHECKING:
 POOL = 32
 
 
-class Batch(NamedTuple):
-    """B padded sequences: `ids` (B, T) int64, `mask` (B, T) bool (True on real tokens), `labels` (B,) int64."""
+class Side(NamedTuple):
+    """One input of B rows: `inputs` (B, T) int64 ids or (B, T, C) uint8 levels, `mask` (B, T), True on real positions.
 
-    ids: Tensor
-    mask: Tensor
+    `mask` is None where every position is real.
+    """
+
+    inputs: Tensor
+    mask: Tensor | None
+
+    @property
+    def real(self) -> Tensor:
+        """The mask as a tensor, (B, T) bool."""
+        return self.inputs.new_ones(self.inputs.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+
+
+class Batch(NamedTuple):
+    """B rows: their input, or two; labels (B,), or (B, T) of a dense task; and which share of a step's rows they are.
+
+    `share` is (rank, world): of the rows of the step, those at rank, rank + world, ...
+    """
+
+    first: Side
+    second: Side | None
     labels: Tensor
+    share: tuple[int, int] = (0, 1)
+
+    @property
+    def sides(self) -> list[Side]:
+        return [self.first] if self.second is None else [self.first, self.second]
+
+    def to(self, device: torch.device) -> "Batch":
+        def move(side: Side) -> Side:
+            return Side(side.inputs.to(device), None if side.mask is None else side.mask.to(device))
+
+        second = None if self.second is None else move(self.second)
+        return Batch(move(self.first), second, self.labels.to(device), self.share)
 
 
 def stream_seed(seed: int, stream: str, step: int = 0) -> int:
@@ -35,42 +70,121 @@ def stream_seed(seed: int, stream: str, step: int = 0) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-class Tokens:
-    """A split in memory: all sequences end to end, with offsets, so that a batch costs one gather.
+class Ragged:
+    """Rows of different lengths, end to end: flat (total, ...), row i is flat[offsets[i] : offsets[i + 1]]."""
 
-    Args:
-        flat: every token, (total,) of an integer type.
-        offsets: where each of the n sequences starts, and the end: (n + 1,).
-        labels: (n,).
-        pad_id: what fills the end of the shorter sequences of a batch.
-    """
-
-    def __init__(self, flat: np.ndarray, offsets: np.ndarray, labels: np.ndarray, pad_id: int):
-        self.flat, self.offsets, self.labels, self.pad_id = flat, offsets.astype(np.int64), labels, pad_id
-        self.lengths = np.diff(self.offsets)
-
-    def __len__(self) -> int:
-        return len(self.labels)
+    def __init__(self, flat: Tensor, offsets: np.ndarray):
+        self.flat, self.offsets = flat, torch.from_numpy(offsets)
+        self.lengths = np.diff(offsets)
+        self.uniform = len(self.lengths) > 0 and bool((self.lengths == self.lengths[0]).all())
 
     @classmethod
-    def from_dataset(cls, dataset: "Dataset", pad_id: int, limit: int | None = None) -> "Tokens":
-        """Reads the columns `input_ids` and `label` of a split (its first `limit` rows)."""
-        table = dataset.with_format("arrow")[: len(dataset) if limit is None else limit]
-        ids = table.column("input_ids").combine_chunks()
-        lengths = ids.value_lengths().to_numpy(zero_copy_only=False)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        labels = table.column("label").to_numpy().astype(np.int64)
-        return cls(ids.flatten().to_numpy(zero_copy_only=False), offsets, labels, pad_id)
+    def read(cls, dataset: "Dataset", name: str, channels: int | None = None) -> "Ragged":
+        """Reads a column of lists; with `channels` each position has that many entries."""
+        lists = dataset.select_columns([name]).with_format("arrow")[:].column(name).combine_chunks()
+        values = lists.flatten().to_numpy(zero_copy_only=False)
+        if values.dtype in (np.uint16, np.uint32):  # torch does not index them
+            values = values.astype(np.int32)
+        offsets = np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False))]).astype(
+            np.int64
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable.*")  # mapped from the file, and only read
+            flat = torch.from_numpy(values)
+        if channels is None:
+            return cls(flat, offsets)
+        return cls(flat.view(-1, channels), offsets // channels)
 
-    def batch(self, rows: np.ndarray) -> Batch:
-        """Pads the given rows to the longest of them."""
-        lengths = self.lengths[rows]
-        T = max(int(lengths.max(initial=0)), 1)
-        at = np.arange(T)[None, :]
-        mask = at < lengths[:, None]  # (B, T)
-        where = np.where(mask, self.offsets[rows][:, None] + at, 0)
-        ids = np.where(mask, self.flat[where], self.pad_id).astype(np.int64)
-        return Batch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(self.labels[rows]))
+    @property
+    def nbytes(self) -> int:
+        return self.flat.nbytes + self.offsets.nbytes
+
+    def to(self, device: torch.device) -> "Ragged":
+        moved = Ragged.__new__(Ragged)
+        moved.__dict__.update(self.__dict__)
+        moved.flat, moved.offsets = self.flat.to(device), self.offsets.to(device)
+        return moved
+
+    def gather(self, rows: Tensor, T: int) -> tuple[Tensor, Tensor | None]:
+        """The given rows, (B, T, ...), and which positions are real, (B, T), or None for all; the rest is arbitrary."""
+        if self.uniform and T == self.lengths[0]:
+            return self.flat.view(len(self.lengths), T, *self.flat.shape[1:])[rows], None
+        start = self.offsets[rows]
+        at = torch.arange(T, device=self.flat.device)
+        mask = at < (self.offsets[rows + 1] - start)[:, None]
+        return self.flat[torch.where(mask, start[:, None] + at, 0)], mask
+
+
+class Examples:
+    """The rows of a split in memory, on any device, so that a batch costs one gather.
+
+    Args:
+        sides: the input of each row, or the two inputs.
+        labels: (n,) int64, or for a dense task one per position.
+        pad: what fills the end of the shorter sequences of a batch.
+    """
+
+    def __init__(self, sides: list[Ragged], labels: Tensor | Ragged, pad: int):
+        self.sides, self.labels, self.pad = sides, labels, pad
+        self.lengths = np.sum([side.lengths for side in sides], axis=0)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @classmethod
+    def from_dataset(cls, dataset: "Dataset", task: Task, limit: int | None = None) -> "Examples":
+        """Reads a split (its first `limit` rows)."""
+        dataset = dataset.select(range(len(dataset) if limit is None else min(limit, len(dataset))))
+        channels, pad = (None, task.inputs.pad_id) if isinstance(task.inputs, Ids) else (task.inputs.channels, 0)
+        names = ["input_ids", "input_ids_2"] if task.two_inputs else ["input_ids"]
+        sides = [Ragged.read(dataset, name, channels) for name in names]
+        labels = Ragged.read(dataset, "labels") if task.dense else torch.from_numpy(column(dataset, "label"))
+        return cls(sides, labels, pad)
+
+    @property
+    def device(self) -> torch.device:
+        return self.sides[0].flat.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(side.nbytes for side in self.sides) + self.labels.nbytes
+
+    def to(self, device: torch.device) -> "Examples":
+        """The same rows on a device; lengths stay with the CPU, which plans the batches."""
+        return Examples([side.to(device) for side in self.sides], self.labels.to(device), self.pad)
+
+    def batch(self, rows: np.ndarray, rank: int = 0, world: int = 1, multiple: int = 1) -> Batch:
+        """The rows of a step that fall to `rank`, padded to the longest of all of them, up to a multiple."""
+        mine = torch.from_numpy(np.ascontiguousarray(rows[rank::world])).to(self.device)
+        sides = []
+        for side in self.sides:
+            T = ceil(max(int(side.lengths[rows].max(initial=0)), 1) / multiple) * multiple
+            values, mask = side.gather(mine, T)
+            if mask is not None:
+                values = values.masked_fill(~(mask if values.ndim == 2 else mask[..., None]), self.pad)
+            sides.append(Side(values.long() if values.ndim == 2 else values, mask))
+        if isinstance(self.labels, Tensor):
+            labels = self.labels[mine]
+        else:
+            labels, mask = self.labels.gather(mine, sides[0].inputs.shape[1])
+            labels = (labels if mask is None else labels.masked_fill(~mask, IGNORED)).long()
+        return Batch(sides[0], sides[1] if len(sides) > 1 else None, labels, (rank, world))
+
+    def shuffled(self, block: int, seed: int) -> "Examples":
+        """The same rows with their blocks of `block` positions in random order (a last, shorter block stays last)."""
+        rng = np.random.default_rng(stream_seed(seed, "shuffle", block))
+        return Examples([shuffle_blocks(side, block, rng) for side in self.sides], self.labels, self.pad)
+
+
+def shuffle_blocks(rows: Ragged, block: int, rng: np.random.Generator) -> Ragged:
+    """Permutes the blocks of each row."""
+    offsets = rows.offsets.numpy()
+    order = np.arange(offsets[-1])
+    for start, length in zip(offsets[:-1], rows.lengths, strict=True):
+        n = length // block
+        part = order[start : start + n * block].reshape(n, block)
+        part[:] = part[rng.permutation(n)]
+    return Ragged(rows.flat[torch.from_numpy(order)], offsets)
 
 
 class BatchPlan:
@@ -103,33 +217,65 @@ class BatchPlan:
         epoch, position = divmod(step, self.batches_per_epoch)
         return self.epoch(epoch)[position]
 
+    def uses(self, steps: int) -> np.ndarray:
+        """How often each row is in the first `steps` batches, (rows,)."""
+        count = np.zeros(len(self.lengths), dtype=np.int64)
+        whole, rest = divmod(steps, self.batches_per_epoch)
+        for epoch in range(whole):
+            count[self.epoch(epoch)] += 1
+        if rest:
+            count[self.epoch(whole)[:rest]] += 1
+        return count
+
 
 class BatchStream(IterableDataset):
-    """Batches `start`, `start + 1`, ... without end; `start` is the only state."""
+    """Batches `start`, `start + 1`, ... without end; `start` is the only state.
 
-    def __init__(self, tokens: Tokens, batch_size: int, seed: int):
+    Args:
+        rank, world: which share of each batch's rows is asked for.
+        multiple: sequences are padded to a multiple of this.
+    """
+
+    def __init__(
+        self, examples: Examples, batch_size: int, seed: int, rank: int = 0, world: int = 1, multiple: int = 1
+    ):
         super().__init__()
-        self.tokens, self.plan, self.start = tokens, BatchPlan(tokens.lengths, batch_size, seed), 0
+        self.examples, self.plan, self.start = examples, BatchPlan(examples.lengths, batch_size, seed), 0
+        self.rank, self.world, self.multiple = rank, world, multiple
+        self.seconds = 0.0  # spent on making batches, while the network waited
 
     def __iter__(self) -> Iterator[Batch]:
         step = self.start
         while True:
-            yield self.tokens.batch(self.plan.rows(step))
+            since = time.monotonic()
+            batch = self.examples.batch(self.plan.rows(step), self.rank, self.world, self.multiple)
+            self.seconds += time.monotonic() - since
+            yield batch
             step += 1
 
 
-def evaluation_batches(tokens: Tokens, max_tokens: int = 32_768) -> Iterator[tuple[np.ndarray, Batch]]:
+def evaluation_batches(examples: Examples, max_tokens: int = 32_768) -> Iterator[tuple[np.ndarray, Batch]]:
     """Every row once, longest first, in batches of at most `max_tokens` padded tokens: (rows, batch)."""
-    order = np.argsort(-tokens.lengths, kind="stable")
+    order = np.argsort(-examples.lengths, kind="stable")
     start = 0
     while start < len(order):
-        size = max(1, max_tokens // max(int(tokens.lengths[order[start]]), 1))
+        size = max(1, max_tokens // max(int(examples.lengths[order[start]]), 1))
         rows = order[start : start + size]
-        yield rows, tokens.batch(rows)
+        yield rows, examples.batch(rows)
         start += size
 
 
-def describe(tokens: Tokens) -> dict[str, Any]:
-    """Size of a split for `result.json`: rows, tokens, shortest and longest sequence."""
-    lengths = tokens.lengths
-    return {"rows": len(tokens), "tokens": int(lengths.sum()), "min": int(lengths.min()), "max": int(lengths.max())}
+def describe(examples: Examples) -> dict[str, Any]:
+    """Size of a split for `result.json`: rows, tokens, shortest and longest row (both inputs together)."""
+    lengths = examples.lengths
+    return {"rows": len(examples), "tokens": int(lengths.sum()), "min": int(lengths.min()), "max": int(lengths.max())}
+
+
+def histogram(examples: Examples, uses: np.ndarray) -> dict[int, int]:
+    """How many sequences of each length are read when row i is used `uses[i]` times; of two inputs each counts."""
+    count: dict[int, int] = {}
+    for side in examples.sides:
+        lengths, which = np.unique(side.lengths, return_inverse=True)
+        for length, n in zip(lengths.tolist(), np.bincount(which, weights=uses).astype(np.int64).tolist(), strict=True):
+            count[length] = count.get(length, 0) + n
+    return {length: n for length, n in count.items() if n}

@@ -4,15 +4,30 @@ import time
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import yaml
 
 from lra.config import Cell
 from lra.files import read_json, write_json, write_text
+from lra.tasks.base import Levels, Task
+
+if TYPE_CHECKING:
+    from lra.evaluate import Scorer
 
 CONFIG, RESULT = "config.yaml", "result.json"
 Say = Callable[[str], None]
+
+
+class Places(NamedTuple):
+    """Where a cell is computed: nothing of it changes the numbers."""
+
+    runs_dir: Path
+    cache_dir: str | Path | None
+    data_dir: str | Path | None
+    accelerator: str
+    devices: int
+    nodes: int
 
 
 def run_cell(
@@ -20,7 +35,10 @@ def run_cell(
     runs_dir: str | Path = "runs",
     *,
     cache_dir: str | Path | None = None,
+    data_dir: str | Path | None = None,
     accelerator: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
     say: Say = print,
 ) -> dict[str, Any]:
     """Computes a cell, and before it the pretrain cell it starts from, and returns its result.
@@ -28,7 +46,9 @@ def run_cell(
     Args:
         cell: what to compute; `cell.key` is its folder in `runs_dir`.
         cache_dir: folder of the data sets; None for the default of `lra.data`.
+        data_dir: folder of the source files of real data, read when the data set is not cached; None for the hub.
         accelerator: auto (the GPU if there is one), cpu or gpu.
+        devices, nodes: processes on each machine, and machines, that share the cell's batches.
         say: takes one line of text per event.
 
     Returns:
@@ -41,13 +61,23 @@ def run_cell(
     from filelock import FileLock, Timeout
 
     task = cell.build_task()
+    where = Places(Path(runs_dir), cache_dir, data_dir, accelerator, devices, nodes)
     folder = Path(runs_dir) / cell.key
     if (done := finished(folder)) is not None:
         return done
     _check_buildable(cell, task, accelerator)
     pretrained = None
     if cell.regime == "finetune":
-        pretrained = run_cell(cell.pretraining(), runs_dir, cache_dir=cache_dir, accelerator=accelerator, say=say)
+        pretrained = run_cell(
+            cell.pretraining(),
+            runs_dir,
+            cache_dir=cache_dir,
+            data_dir=data_dir,
+            accelerator=accelerator,
+            devices=devices,
+            nodes=nodes,
+            say=say,
+        )
 
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -61,7 +91,7 @@ def run_cell(
         if (done := finished(folder)) is not None:
             return done
         write_text(folder / CONFIG, config_yaml(cell))
-        result = _compute(cell, task, folder, Path(runs_dir), pretrained, cache_dir, accelerator, say)
+        result = _compute(cell, task, folder, where, pretrained, say)
         write_json(folder / RESULT, result)
     finally:
         lock.release()
@@ -83,7 +113,7 @@ def config_yaml(cell: Cell) -> str:
     return f"# lra run --config {CONFIG}\n" + yaml.safe_dump(cell.to_dict(), sort_keys=False)
 
 
-def _check_buildable(cell: Cell, task: Any, accelerator: str) -> None:
+def _check_buildable(cell: Cell, task: Task, accelerator: str) -> None:
     """Refuses a bad model or device before any data is generated."""
     from lra.networks import sizes
     from lra.train import device_kind
@@ -93,96 +123,127 @@ def _check_buildable(cell: Cell, task: Any, accelerator: str) -> None:
 
 
 @lru_cache(maxsize=2)
-def _data(task: Any, cache_dir: str | Path | None) -> tuple[dict[str, Any], dict[str, float]]:
-    """Splits and reference lines of a task, shared by the cells that one process runs after one another."""
-    from lra.data import load
+def _data(task: Task, cache_dir: str | Path | None, data_dir: str | Path | None) -> tuple[dict[str, Any], Any, Any]:
+    """Splits, reference lines and origin of a task, shared by the cells that one process runs after one another."""
+    from lra.data import load, origin
 
-    splits = load(task, cache_dir)
-    return splits, task.reference_lines(splits)
+    splits = load(task, cache_dir, data_dir=data_dir)
+    return splits, task.reference_lines(splits), origin(task, cache_dir)
 
 
 def _compute(
-    cell: Cell,
-    task: Any,
-    folder: Path,
-    runs_dir: Path,
-    pretrained: dict[str, Any] | None,
-    cache_dir: str | Path | None,
-    accelerator: str,
-    say: Say,
+    cell: Cell, task: Task, folder: Path, where: Places, pretrained: dict[str, Any] | None, say: Say
 ) -> dict[str, Any]:
-    from lra import objectives
-    from lra.batches import Tokens, describe, stream_seed
-    from lra.evaluate import by_length, predictions
+    from lra.batches import BatchPlan, Examples, describe, histogram, stream_seed
+    from lra.costs import run_flops
     from lra.networks import build_net, load_weights, pooling, sizes
     from lra.provenance import provenance
     from lra.train import BEST, LAST, fit
 
     pretraining = cell.regime == "pretrain"
-    splits, lines = _data(task, cache_dir)
-    # Pretraining sees the inputs of all training rows and of no other split.
-    train = Tokens.from_dataset(splits["train"], task.pad_id, None if pretraining else cell.budget.labels)
-    val = Tokens.from_dataset(splits["val"], task.pad_id)
+    splits, lines, origin = _data(task, where.cache_dir, where.data_dir)
+    if pretrained is not None and pretrained["data"]["fingerprint"] != origin["fingerprint"]:
+        raise ValueError(
+            f"{pretrained['key']} was pretrained on other data than those cached now (their values differ); "
+            f"delete its folder and run again"
+        )
+    # Pretraining sees the inputs of training rows and of no other split.
+    train = Examples.from_dataset(splits["train"], task, training_rows(cell, len(splits["train"])))
+    val = Examples.from_dataset(splits["val"], task)
 
-    net = build_net(cell.model, task, denoise=pretraining, seed=stream_seed(cell.seed, f"init {cell.regime}"))
+    denoise = cell.denoising if pretraining else None
+    net = build_net(cell.model, task, denoise=denoise, seed=stream_seed(cell.seed, f"init {cell.regime}"))
     if pretrained is not None:
-        load_weights(net, runs_dir / pretrained["key"] / BEST, heads=False)
-    score: Any = lambda net, batch, generator: objectives.classification(net, batch)  # noqa: E731
-    if pretraining:
-        score = partial(_denoise, cell.denoising, task.mask_id, task.mask_rate)
+        load_weights(net, where.runs_dir / pretrained["key"] / BEST, heads=False)
 
     resumed = (folder / LAST).exists()
     say(f"{cell.key}: {'resuming' if resumed else 'starting'}, {cell.steps} steps")
     began = time.monotonic()
-    run = fit(net, score, cell, train, val, folder, accelerator=accelerator)
+    run = fit(
+        net,
+        scorer(cell, task),
+        cell,
+        train,
+        val,
+        folder,
+        metric=cell_metric(cell, task),
+        accelerator=where.accelerator,
+        devices=where.devices,
+        nodes=where.nodes,
+    )
     load_weights(net, folder / BEST, heads=True)
 
-    parameters = sizes(cell.model, task)
+    uses = BatchPlan(train.lengths, cell.optim.batch_size, cell.seed).uses(cell.steps)
     result: dict[str, Any] = {
         "key": cell.key,
         "config": cell.to_dict(),
         "plan": cell.plan(),
         "label": cell.label,
+        "encoding": task.encoding,
         "pooling": pooling(cell.model, task),
         "chance": 1 / task.n_classes,
-        "parameters": parameters,
+        "metric": cell_metric(cell, task),
+        "parameters": sizes(cell.model, task),
         "steps": cell.steps,
-        "tokens": run["tokens"],
-        "flops": flops(cell, parameters["blocks"], run["tokens"], run["squares"]),
+        "tokens": int(uses @ train.lengths),
+        "flops": run_flops(cell.model, task, histogram(train, uses)),
         "seconds": run["seconds"],
+        "loader_seconds": run["loader_seconds"],
         "best_step": run["best"]["step"],
-        "val": {"loss": run["best"]["val_loss"], "accuracy": run["best"]["val_accuracy"]},
-        "data": {"train": describe(train), "val": describe(val)},
+        "val": {name.removeprefix("val_"): value for name, value in run["best"].items() if name.startswith("val_")},
+        "data": {"train": describe(train), "val": describe(val), **origin},
         "device": run["device"],
         **provenance(),
         "curve": run["curve"],
     }
     if not pretraining:
-        test = Tokens.from_dataset(splits["test"], task.pad_id)
-        correct = predictions(net, test) == test.labels
-        result["test"] = {"accuracy": float(correct.mean()), "by_length": by_length(correct, test.lengths)}
-        result["data"]["test"] = describe(test)
+        result["test"], result["data"]["test"] = _test(net, task, splits["test"], cell.seed)
         result["reference_lines"] = lines
     if pretrained is not None:
-        shown = ("key", "steps", "tokens", "flops", "seconds", "val", "best_step", "curve")
+        shown = "key metric steps tokens flops seconds loader_seconds val best_step curve".split()
         result["pretrain"] = {name: pretrained[name] for name in shown}
     scored = f"test accuracy {result['test']['accuracy']:.3f}" if not pretraining else "pretrained"
-    say(f"{cell.key}: {scored}, val accuracy {result['val']['accuracy']:.3f}, {time.monotonic() - began:.0f} s")
+    value = f"val {result['metric']} {result['val'][result['metric']]:.3f}"
+    say(f"{cell.key}: {scored}, {value}, {time.monotonic() - began:.0f} s")
     return result
 
 
-def _denoise(kind: Any, mask_id: int, rate: float, net: Any, batch: Any, generator: Any) -> Any:
-    from lra.objectives import denoising
+def training_rows(cell: Cell, rows: int) -> int:
+    """How many training rows the cell may see; the first ones, so smaller sets lie in larger ones."""
+    allowed = max(1, round(cell.budget.data * rows))
+    if cell.regime == "pretrain" or cell.budget.labels is None:
+        return allowed
+    return min(allowed, cell.budget.labels)
 
-    return denoising(kind, net, batch, generator, mask_id=mask_id, rate=rate)
+
+def cell_metric(cell: Cell, task: Task) -> Literal["accuracy", "r2"]:
+    """What chooses the weights that are kept: accuracy, or the variance explained where pretraining is a regression."""
+    regression = isinstance(task.inputs, Levels) and task.inputs.loss == "l1"
+    return "r2" if cell.regime == "pretrain" and regression else "accuracy"
 
 
-def flops(cell: Cell, blocks: int, tokens: int, squares: int) -> float:
-    """Estimated floating-point operations of training, forward and backward.
+def scorer(cell: Cell, task: Task) -> "Scorer":
+    """The objective of the cell."""
+    from lra import objectives
 
-    6 per block parameter and token (Kaplan et al. 2020, arXiv:2001.08361), and for softmax attention 12 per layer,
-    channel and pair of positions (half of it when causal). The scans themselves are not counted: they are small.
-    """
-    pairs = squares if cell.model.mixer == "attention" else 0
-    attention = 12 * cell.model.n_layers * cell.model.d_model * pairs * (1.0 if cell.model.bidirectional else 0.5)
-    return 6.0 * blocks * tokens + attention
+    if cell.regime == "pretrain":
+        return partial(objectives.denoising, cell.denoising, rate=task.mask_rate)
+    return lambda net, batch, generator: objectives.classification(net, batch)
+
+
+def _test(net: Any, task: Task, split: Any, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Accuracies on the test split, as `result.json` has them, and the size of the split."""
+    import numpy as np
+
+    from lra.batches import Examples, describe
+    from lra.evaluate import PROBED, accuracies, grouped, probe
+
+    test = Examples.from_dataset(split, task)
+    right = accuracies(net, test)
+    groups = {"length": test.lengths, **task.strata(split)}
+    scores = {
+        "accuracy": float(np.nanmean(right)),
+        "groups": {name: grouped(right, values) for name, values in groups.items()},
+        "shuffled": {} if task.dense else probe(net, Examples.from_dataset(split, task, PROBED), seed),
+    }
+    return scores, describe(test)

@@ -1,5 +1,6 @@
 """Checks of values that YAML, flags and callers without a type checker let through."""
 
+import inspect
 import sys
 from dataclasses import fields
 from types import NoneType, UnionType
@@ -35,8 +36,9 @@ def check_types(config: Any, prefix: str = "") -> None:
 def field_type(config: Any, name: str) -> Any:
     """The type of a dataclass's field, evaluated if its module keeps annotations as text."""
     for cls in type(config).__mro__:
-        if name in cls.__dict__.get("__annotations__", {}):
-            kind = cls.__annotations__[name]
+        annotations = inspect.get_annotations(cls)
+        if name in annotations:
+            kind = annotations[name]
             return eval(kind, vars(sys.modules[cls.__module__])) if isinstance(kind, str) else kind
     raise TypeError(f"{type(config).__name__} has no field {name!r}")
 

@@ -211,10 +211,12 @@ class Cell:
             ValueError: unknown task or task key, with the allowed ones.
         """
         task = self.build_task()
+        model = {**asdict(self.model), "mixer_kwargs": self.model.kwargs}
+        del model["per_mixer"]
         plan: dict[str, Any] = {
             "protocol": PROTOCOL,
             "task": {"name": task.name, "version": task.version, **asdict(task)},
-            "model": {**asdict(replace(self.model, per_mixer={})), "mixer_kwargs": self.model.kwargs},
+            "model": model,
             "optim": {k: getattr(self.optim, k) for k in ("batch_size", "weight_decay", "warmup", "schedule", "clip")},
             "lr": self.lr,
             "steps": self.steps,

@@ -6,16 +6,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from lra.batches import Batch, Tokens, evaluation_batches, stream_seed
+from lra.batches import Batch, Examples, evaluation_batches, stream_seed
 from lra.interrupt import Flag, Interrupted
-from lra.objectives import Net, Score
+from lra.objectives import Metric, Net, Score, measures
+from lra.tasks.base import IGNORED
 
 Scorer = Callable[[Net, Batch, torch.Generator], Score]
 
+# Block sizes of the shuffled test inputs, and how many rows are shuffled.
+BLOCKS, PROBED = (1, 8, 64, 512), 2_000
+
 
 @torch.no_grad()
-def evaluate(net: Net, score: Scorer, tokens: Tokens, seed: int, flag: Flag | None = None) -> dict[str, float]:
-    """Mean loss and accuracy over a split, in eval mode; the mode of `net` is restored.
+def evaluate(
+    net: Net, score: Scorer, examples: Examples, seed: int, metric: Metric, flag: Flag | None = None
+) -> dict[str, float]:
+    """Mean loss and metric over a split, in eval mode; the mode of `net` is restored.
 
     The noise of a denoising objective is drawn from `seed`, so every evaluation of a run hides the same positions.
 
@@ -25,46 +31,64 @@ def evaluate(net: Net, score: Scorer, tokens: Tokens, seed: int, flag: Flag | No
     device = next(net.parameters()).device
     training = net.training
     net.eval()
-    loss = correct = count = 0.0
+    sums = torch.zeros(len(Score._fields), dtype=torch.float64, device=device)
     try:
-        for i, (_, batch) in enumerate(evaluation_batches(tokens)):
+        for i, (_, batch) in enumerate(evaluation_batches(examples)):
             if flag is not None and flag.signum is not None:
                 raise Interrupted("stopped during an evaluation", flag.signum)
             generator = torch.Generator().manual_seed(stream_seed(seed, "evaluate", i))
-            part = score(net, Batch(*(t.to(device) for t in batch)), generator)
-            loss, correct, count = loss + part.loss.item(), correct + part.correct.item(), count + part.scored.item()
+            sums += score(net, batch.to(device), generator).sums()
     finally:
         net.train(training)
-    return {"loss": loss / max(count, 1), "accuracy": correct / max(count, 1)}
+    return measures(sums.tolist(), metric)
 
 
 @torch.no_grad()
-def predictions(net: Net, tokens: Tokens) -> np.ndarray:
-    """Predicted class of every sequence of a split, in its order: (n,) int64."""
+def accuracies(net: Net, examples: Examples) -> np.ndarray:
+    """Share of right labels of every row of a split, in its order: (n,); nan for a row that asks for none."""
     device = next(net.parameters()).device
     net.eval()
-    predicted = np.empty(len(tokens), dtype=np.int64)
-    for rows, batch in evaluation_batches(tokens):
-        predicted[rows] = net.body(batch.ids.to(device), batch.mask.to(device)).argmax(-1).cpu().numpy()
-    return predicted
+    right = np.empty(len(examples))
+    for rows, batch in evaluation_batches(examples):
+        hits = net.classify(batch.to(device)).argmax(-1).cpu() == batch.labels.cpu()
+        if hits.ndim == 2:
+            asked = (batch.labels != IGNORED).cpu()
+            hits = (hits & asked).sum(1).double() / asked.sum(1)
+        right[rows] = hits.double().numpy()
+    return right
 
 
-def by_length(correct: np.ndarray, lengths: np.ndarray, buckets: int = 4) -> list[dict[str, Any]]:
-    """Accuracy in groups of about equal size, shortest sequences first: length range, number, accuracy.
+def probe(net: Net, examples: Examples, seed: int) -> dict[str, float]:
+    """Accuracy on inputs whose blocks are in random order: how much the network needs beyond `block` neighbours.
 
-    Sequences of one length are never split between groups, so there may be fewer groups than asked for.
+    Args:
+        examples: of a task with one label a row.
     """
-    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, buckets + 1)[1:-1], method="lower"))
-    group = np.searchsorted(edges, lengths, side="left")
+    longest = max(int(side.lengths.max()) for side in examples.sides)
+    blocks = [block for block in BLOCKS if 2 * block <= longest]
+    return {str(block): float(accuracies(net, examples.shuffled(block, seed)).mean()) for block in blocks}
+
+
+def grouped(right: np.ndarray, values: np.ndarray, groups: int = 4) -> list[dict[str, Any]]:
+    """Accuracy in groups of about equal size, smallest values first: range of values, number, accuracy.
+
+    Rows of one value are never split between groups, so there may be fewer groups than asked for; up to twice as many
+    different values have a group each.
+    """
+    distinct = np.unique(values)
+    edges = distinct[:-1]
+    if len(distinct) > 2 * groups:
+        edges = np.unique(np.quantile(values, np.linspace(0, 1, groups + 1)[1:-1], method="lower"))
+    group = np.searchsorted(edges, values, side="left")
     rows = []
     for g in np.unique(group):
         inside = group == g
         rows.append(
             {
-                "min": int(lengths[inside].min()),
-                "max": int(lengths[inside].max()),
+                "min": int(values[inside].min()),
+                "max": int(values[inside].max()),
                 "n": int(inside.sum()),
-                "accuracy": float(correct[inside].mean()),
+                "accuracy": float(np.nanmean(right[inside])),
             }
         )
     return rows

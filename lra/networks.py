@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,13 +11,19 @@ from torch import Tensor, nn
 from linrnn.layers import available
 from linrnn.models import SequenceClassifier, count_params, match_params
 from linrnn.models.backbone import build_mixer
-from lra.config import Model
+from lra.config import Model, Objective
 from lra.differences import tensor_differences
 from lra.objectives import Net
+from lra.tasks.base import Ids, Task
+
+READS = "body.embed.weight"  # of the map that reads levels, (d_model, channels)
 
 
-def build_body(model: Model, task: Any) -> SequenceClassifier:
-    """The classifier of a task; `model.pooling: auto` is the task's, or `last` for a model that sees only the past.
+def build_body(model: Model, task: Task, *, mask_channel: bool = False) -> SequenceClassifier:
+    """The classifier of a task.
+
+    Args:
+        mask_channel: of a task on levels, read one channel more, which marks hidden positions.
 
     Raises:
         ValueError: unknown mixer or mixer option, or a width that does not fit it.
@@ -26,14 +31,16 @@ def build_body(model: Model, task: Any) -> SequenceClassifier:
     check_mixer(model)
     return SequenceClassifier(
         task.n_classes,
-        vocab_size=task.vocab_size,
+        vocab_size=task.inputs.vocab_size if isinstance(task.inputs, Ids) else None,
+        d_input=None if isinstance(task.inputs, Ids) else task.inputs.channels + mask_channel,
+        two_inputs=task.two_inputs,
         mixer=model.mixer,
         d_model=model.d_model,
         n_layers=model.n_layers,
         pooling=pooling(model, task),
         bidirectional=model.bidirectional,
         dropout=model.dropout,
-        mixer_kwargs=dict(model.mixer_kwargs),
+        mixer_kwargs=model.kwargs,
         ffn_expand=model.ffn_expand,
         norm=model.norm,
         prenorm=model.prenorm,
@@ -46,21 +53,30 @@ def check_mixer(model: Model) -> None:
         raise ValueError(f"unknown model.mixer {model.mixer!r}; allowed: {', '.join(available())}")
 
 
-def pooling(model: Model, task: Any) -> str:
-    if model.pooling != "auto":
-        return model.pooling
-    return task.pooling if model.bidirectional else "last"
+def pooling(model: Model, task: Task) -> str:
+    """How `model` pools on `task`, with `auto` resolved.
+
+    Raises:
+        ValueError: a pooling that does not fit the task's labels.
+    """
+    if task.dense or model.pooling == "auto":
+        if model.pooling not in ("auto", task.pooling):
+            raise ValueError(
+                f"model.pooling must be auto for task {task.name!r}, which labels positions; got {model.pooling!r}"
+            )
+        return task.pooling if model.bidirectional else task.causal_pooling or task.pooling
+    return model.pooling
 
 
-def build_net(model: Model, task: Any, *, denoise: bool, seed: int) -> Net:
-    """A freshly initialised network, a function of (model, task, seed); `denoise` adds the pretraining head."""
+def build_net(model: Model, task: Task, *, denoise: Objective | None = None, seed: int) -> Net:
+    """A freshly initialised network, a function of all arguments; `denoise` adds the pretraining head."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        body = build_body(model, task)
-        return Net(body, model.d_model, task.vocab_size if denoise else None)
+        body = build_body(model, task, mask_channel=denoise == "masked" and not isinstance(task.inputs, Ids))
+        return Net(body, task.inputs, model.d_model, denoise=denoise is not None, ink=task.ink)
 
 
-def sizes(model: Model, task: Any) -> dict[str, int]:
+def sizes(model: Model, task: Task) -> dict[str, int]:
     """Parameters of the classifier: all, and those of the blocks (without embedding, final norm and head)."""
     with torch.device("meta"):
         body = build_body(model, task)
@@ -68,7 +84,7 @@ def sizes(model: Model, task: Any) -> dict[str, int]:
     return {"total": count_params(body), "blocks": blocks}
 
 
-def matched(model: Model, task: Any, target: int) -> Model:
+def matched(model: Model, task: Task, target: int) -> Model:
     """`model` at the width (a multiple of 8) whose total parameter count is nearest to `target`.
 
     Raises:
@@ -83,7 +99,7 @@ def matched(model: Model, task: Any, target: int) -> Model:
     def takes(width: int) -> bool:
         try:
             with torch.device("meta"):
-                build_mixer(model.mixer, width, model.mixer_kwargs, model.bidirectional)
+                build_mixer(model.mixer, width, model.kwargs, model.bidirectional)
         except ValueError:  # such as a width that the number of heads does not divide
             return False
         return True
@@ -104,6 +120,8 @@ def is_head(name: str) -> bool:
 def load_weights(net: Net, path: Path, *, heads: bool) -> None:
     """Loads `best.safetensors` into `net`, strictly; without `heads` the body alone, and the heads stay fresh.
 
+    The weights of the channel that marked hidden positions in pretraining are left out with the heads.
+
     Raises:
         ValueError: the file is damaged, or of another model: the differing tensors are named.
     """
@@ -114,6 +132,8 @@ def load_weights(net: Net, path: Path, *, heads: bool) -> None:
     ours = net.state_dict()
     if not heads:
         theirs, ours = head_free(theirs), head_free(ours)
+        if READS in theirs and not isinstance(net.inputs, Ids) and not net.mask_channel:
+            theirs[READS] = theirs[READS][:, : net.inputs.channels].contiguous()
     if differences := tensor_differences(theirs, ours):
         shown = "; ".join(differences[:5]) + ("; ..." if len(differences) > 5 else "")
         raise ValueError(f"{path} is a checkpoint of another model: {shown}")

@@ -1,9 +1,11 @@
 """What a run minimises: classification, masked denoising, causal denoising (Amos et al. 2024, arXiv:2310.02980).
 
 Every objective maps a network and a batch to a `Score`. Random draws come from the generator that is passed in, which
-the trainer seeds by (seed, step), so the noise of step t is the same in a resumed run.
+the trainer seeds by (seed, step), so the noise of step t is the same in a resumed run. They are made for all rows of a
+step, of which a process takes its share, so that several processes hide what one would.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,78 +13,198 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linrnn.models import SequenceClassifier
-from lra.batches import Batch
+from lra.batches import Batch, Side
+from lra.tasks.base import IGNORED, Ids, Levels
+
+GRAYS = 256
 
 
 class Score(NamedTuple):
-    """Summed over what is scored (sequences or positions): `loss` and `correct`; `scored` is how many, all 0-dim."""
+    """Sums over what is scored (rows or positions), all 0-dim.
+
+    loss; scored: how many; correct: right predictions; ink_scored, ink_correct: the same on levels above 0; residual,
+    target, target2: squared errors, values and squared values of a regression.
+    """
 
     loss: Tensor
-    correct: Tensor
     scored: Tensor
+    correct: Tensor
+    ink_scored: Tensor
+    ink_correct: Tensor
+    residual: Tensor
+    target: Tensor
+    target2: Tensor
+
+    @classmethod
+    def of(cls, loss: Tensor, scored: int, **sums: Tensor) -> "Score":
+        """A score of these sums; the others are 0."""
+        zero = torch.zeros((), device=loss.device)
+        count = torch.full((), scored, device=loss.device)
+        return cls(loss, count, *(sums.get(name, zero) for name in cls._fields[2:]))
 
     @property
     def mean(self) -> Tensor:
         """Mean loss; 0 when nothing was scored (short sequences may happen to have no masked position)."""
         return self.loss / self.scored.clamp(min=1)
 
+    def plus(self, other: "Score") -> "Score":
+        return Score(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def sums(self) -> Tensor:
+        """All of them, without gradients: (8,) float64."""
+        return torch.stack([part.detach().double() for part in self])
+
+
+Metric = Literal["accuracy", "r2"]
+
+
+def measures(sums: Sequence[float], metric: Metric) -> dict[str, float]:
+    """Mean loss, the metric, and accuracy on ink where it was counted, of the sums of a `Score`.
+
+    r2 is the share of the targets' variance that is explained: 1 is exact, 0 no better than their mean.
+    """
+    s = dict(zip(Score._fields, sums, strict=True))
+    n = max(s["scored"], 1)
+    if metric == "r2":
+        value = 1 - s["residual"] / max(s["target2"] - s["target"] ** 2 / n, 1e-12)
+    else:
+        value = s["correct"] / n
+    ink = {"ink_accuracy": s["ink_correct"] / s["ink_scored"]} if s["ink_scored"] else {}
+    return {"loss": s["loss"] / n, metric: value, **ink}
+
 
 class Net(nn.Module):
-    """A `SequenceClassifier` with, in pretraining, a fresh linear head that predicts a token at every position."""
+    """A `SequenceClassifier`, what its inputs are, and in pretraining a fresh linear head that predicts each position.
+
+    Args:
+        body: the classifier.
+        inputs: ids, or levels; with a mask channel beside the levels `body` takes one channel more.
+        d_model: width of the body's features.
+        denoise: add the head.
+        ink: denoising also scores levels above 0 alone.
+    """
 
     denoise: nn.Linear | None
 
-    def __init__(self, body: SequenceClassifier, d_model: int, vocab_size: int | None = None):
+    def __init__(
+        self, body: SequenceClassifier, inputs: Ids | Levels, d_model: int, *, denoise: bool = False, ink: bool = False
+    ):
         super().__init__()
-        self.body = body
-        self.denoise = None if vocab_size is None else nn.Linear(d_model, vocab_size)
+        self.body, self.inputs, self.ink = body, inputs, ink
+        if isinstance(inputs, Ids):
+            outputs, self.mask_channel = inputs.vocab_size, False
+        else:
+            outputs = inputs.channels * (1 if inputs.loss == "l1" else GRAYS)
+            self.mask_channel = body.d_input == inputs.channels + 1
+        self.denoise = nn.Linear(d_model, outputs) if denoise else None
 
-    def tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token logits at every position: ids (B, T), mask (B, T) -> (B, T, vocab)."""
+    def read(self, inputs: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Inputs of the body: ids (B, T), or real values (B, T, C), and a channel that marks hidden positions."""
+        if isinstance(self.inputs, Ids):
+            return inputs if hidden is None else torch.where(hidden, self.inputs.mask_id, inputs)
+        x = self.normalised(inputs)
+        if hidden is not None:
+            x = x.masked_fill(hidden[..., None], 0.0)
+        if not self.mask_channel:
+            return x
+        channel = torch.zeros_like(x[..., :1]) if hidden is None else hidden[..., None].to(x.dtype)
+        return torch.cat((x, channel), -1)
+
+    def normalised(self, levels: Tensor) -> Tensor:
+        assert isinstance(self.inputs, Levels)
+        return (levels.float() - self.inputs.mean) / self.inputs.std
+
+    def classify(self, batch: Batch) -> Tensor:
+        """Logits (B, n_classes), or (B, T, n_classes) of a dense task."""
+        first, second = batch.first, batch.second
+        if second is None:
+            return self.body(self.read(first.inputs), first.mask)
+        return self.body(self.read(first.inputs), first.mask, self.read(second.inputs), second.mask)
+
+    def recover(self, inputs: Tensor, mask: Tensor | None, hidden: Tensor | None, where: Tensor) -> Tensor:
+        """Predictions at the positions `where` (B, T) bool: (n, outputs)."""
         if self.denoise is None:
             raise RuntimeError("this network was built without a denoising head")
-        return self.denoise(self.body.features(ids, mask))
+        return self.denoise(self.body.features(self.read(inputs, hidden), mask)[where])
 
 
 def classification(net: Net, batch: Batch) -> Score:
-    """Cross-entropy of the labels."""
-    return _score(net.body(batch.ids, batch.mask), batch.labels)
+    """Cross-entropy of the labels; positions of a dense task without a label count for nothing."""
+    logits, labels = net.classify(batch), batch.labels
+    if labels.ndim == 2:
+        asked = labels != IGNORED
+        logits, labels = logits[asked], labels[asked]
+    return cross_entropy(logits, labels)
 
 
-def masked_denoising(net: Net, batch: Batch, generator: torch.Generator, *, mask_id: int, rate: float) -> Score:
-    """Recovers masked tokens from both sides.
+def masked_denoising(net: Net, batch: Batch, generator: torch.Generator, *, rate: float) -> Score:
+    """Recovers masked positions from both sides.
 
-    Each real position is hidden with probability `rate`, always by the mask symbol; only hidden positions are scored;
-    padding is neither hidden nor scored.
+    Each real position is hidden with probability `rate`, always by the mask symbol (a level by the mean and a mark in a
+    channel of its own); only hidden positions are scored; padding is neither hidden nor scored. Of two inputs each is
+    masked on its own.
     """
-    hidden = draw_mask(batch.mask, rate, generator)
-    logits = net.tokens(torch.where(hidden, mask_id, batch.ids), batch.mask)
-    return _score(logits[hidden], batch.ids[hidden])
+    score = None
+    for side in batch.sides:
+        hidden = draw_mask(side, batch.share, rate, generator)
+        predicted = net.recover(side.inputs, side.mask, hidden, hidden)
+        part = recovered(net, predicted, side.inputs[hidden])
+        score = part if score is None else score.plus(part)
+    assert score is not None
+    return score
 
 
 def causal_denoising(net: Net, batch: Batch) -> Score:
-    """Predicts each next token from the past: position t is scored on token t + 1, the last one on nothing."""
-    logits = net.tokens(batch.ids, batch.mask)[:, :-1]
-    real = batch.mask[:, 1:]
-    return _score(logits[real], batch.ids[:, 1:][real])
+    """Predicts each next position from the past: position t is scored on t + 1, the last one on nothing."""
+    score = None
+    for side in batch.sides:
+        real = side.real
+        follows = torch.zeros_like(real)
+        follows[:, :-1] = real[:, 1:] & real[:, :-1]
+        target = side.inputs.roll(-1, 1)[follows]
+        part = recovered(net, net.recover(side.inputs, side.mask, None, follows), target)
+        score = part if score is None else score.plus(part)
+    assert score is not None
+    return score
 
 
-def draw_mask(mask: Tensor, rate: float, generator: torch.Generator) -> Tensor:
-    """Hides real positions with probability `rate`; drawn on the CPU, so that every device hides the same ones."""
-    drawn = torch.rand(mask.shape, generator=generator) < rate
-    return drawn.to(mask.device) & mask
+def recovered(net: Net, predicted: Tensor, target: Tensor) -> Score:
+    """Scores predictions (n, outputs) of targets: ids (n,), or levels (n, C), by the loss the inputs ask for."""
+    if isinstance(net.inputs, Ids):
+        return cross_entropy(predicted, target)
+    if net.inputs.loss == "l1":
+        wanted = net.normalised(target)
+        error = predicted.float() - wanted
+        sums = {"residual": (error.detach() ** 2).sum(), "target": wanted.sum(), "target2": (wanted**2).sum()}
+        return Score.of(error.abs().sum(), wanted.numel(), **sums)
+    logits, levels = predicted.unflatten(-1, (net.inputs.channels, GRAYS)).flatten(0, 1), target.flatten().long()
+    score = cross_entropy(logits, levels)
+    if not net.ink:
+        return score
+    ink = levels > 0
+    hits = (logits.argmax(-1) == levels) & ink
+    return score._replace(ink_scored=ink.sum(), ink_correct=hits.sum())
+
+
+def draw_mask(side: Side, share: tuple[int, int], rate: float, generator: torch.Generator) -> Tensor:
+    """Hides real positions with probability `rate`: (B, T) bool.
+
+    Drawn on the CPU and for the rows of all processes, so that every device and any number of them hides the same.
+    """
+    (B, T), (rank, world) = side.inputs.shape[:2], share
+    drawn = torch.rand((B * world, T), generator=generator)[rank::world] < rate
+    return drawn.to(side.inputs.device) & side.real
 
 
 def denoising(
-    kind: Literal["masked", "causal"], net: Net, batch: Batch, generator: torch.Generator, *, mask_id: int, rate: float
+    kind: Literal["masked", "causal"], net: Net, batch: Batch, generator: torch.Generator, *, rate: float
 ) -> Score:
     """The pretraining objective by name."""
     if kind == "masked":
-        return masked_denoising(net, batch, generator, mask_id=mask_id, rate=rate)
+        return masked_denoising(net, batch, generator, rate=rate)
     return causal_denoising(net, batch)
 
 
-def _score(logits: Tensor, targets: Tensor) -> Score:
+def cross_entropy(logits: Tensor, targets: Tensor) -> Score:
     loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-    correct = (logits.argmax(-1) == targets).sum()
-    return Score(loss, correct, torch.tensor(targets.numel(), device=logits.device))
+    return Score.of(loss, targets.numel(), correct=(logits.argmax(-1) == targets).sum())

@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from linrnn.models import param_groups
-from lra.batches import Batch, BatchStream, Tokens, stream_seed
+from lra.batches import Batch, BatchStream, Examples, stream_seed
 from lra.config import Cell
 from lra.differences import plan_differences
 from lra.evaluate import Scorer, evaluate
 from lra.files import write_csv, write_whole
 from lra.interrupt import Flag, Interrupted, listening
-from lra.objectives import Net, Score
+from lra.objectives import Metric, Net, Score, measures
 from lra.progress import Progress
 
 # In a cell's folder: the weights that are kept, the state a run resumes from, the curve.
@@ -45,7 +45,10 @@ class Trainee(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(stream_seed(self.cell.seed, "noise", self.global_step))
         score = self.score(self.net, batch, generator)
-        return {"loss": score.mean, "score": Score(*(part.detach() for part in score))}
+        return {"loss": score.mean, "sums": score.sums()}
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optim, lr = self.cell.optim, self.cell.lr
@@ -90,12 +93,22 @@ class Stream(LightningDataModule):
 class Recorder(Callback):
     """Keys the dropout to the step, keeps the metrics, scores the validation split, writes weights and checkpoints."""
 
-    def __init__(self, folder: Path, cell: Cell, val: Tokens, flag: Flag, progress: Progress):
-        self.folder, self.cell, self.val, self.flag, self.progress = folder, cell, val, flag, progress
+    def __init__(
+        self,
+        folder: Path,
+        cell: Cell,
+        val: Examples,
+        metric: Metric,
+        stream: BatchStream,
+        flag: Flag,
+        progress: Progress,
+    ):
+        self.folder, self.cell, self.val, self.metric, self.stream = folder, cell, val, metric, stream
+        self.flag, self.progress = flag, progress
         self.rows: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
-        self.sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, count since the last row
-        self.tokens, self.squares, self.seconds = 0, 0, 0.0
+        self.sums = torch.zeros(len(Score._fields), dtype=torch.float64)  # since the last row
+        self.seconds = 0.0
         self.due = False  # an evaluation of the newest step that a signal has put off
         self.since = 0.0
 
@@ -104,21 +117,21 @@ class Recorder(Callback):
             "rows": self.rows,
             "best": self.best,
             "sums": self.sums.tolist(),
-            "tokens": self.tokens,
-            "squares": self.squares,
             "seconds": self.seconds,
+            "loader_seconds": self.stream.seconds,
             "due": self.due,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.__dict__.update(state_dict)
+        self.stream.seconds = state_dict["loader_seconds"]
+        self.rows, self.best, self.seconds, self.due = (state_dict[k] for k in ("rows", "best", "seconds", "due"))
         self.sums = torch.tensor(state_dict["sums"], dtype=torch.float64)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.sums = self.sums.to(pl_module.device)
         self.since = time.monotonic()
         if self.rows:
-            self.progress.note(self.rows[-1]["train_loss"], self.rows[-1]["val_accuracy"])
+            self.progress.note(self.rows[-1]["train_loss"], self.rows[-1][f"val_{self.metric}"])
         self.catch_up(pl_module, trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
@@ -128,10 +141,7 @@ class Recorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         step, cell = trainer.global_step, self.cell
-        self.sums += torch.stack([part.double() for part in outputs["score"]])
-        lengths = batch.mask.sum(1)
-        self.tokens += int(lengths.sum())
-        self.squares += int((lengths**2).sum())
+        self.sums += outputs["sums"]
 
         last = step == cell.steps
         self.due = last or step % cell.eval_every == 0
@@ -154,24 +164,23 @@ class Recorder(Callback):
         if not self.due:
             return
         assert isinstance(pl_module, Trainee)
-        loss, correct, count = self.sums.tolist()
-        if not math.isfinite(loss):
+        trained = measures(self.sums.tolist(), self.metric)
+        if not math.isfinite(trained["loss"]):
             raise FloatingPointError(
-                f"the training loss is {loss} at step {step}: lower the learning rate (now {self.cell.lr})"
+                f"the training loss is {trained['loss']} at step {step}: lower the learning rate (now {self.cell.lr})"
             )
-        scored = evaluate(pl_module.net, pl_module.score, self.val, self.cell.seed, self.flag)
+        scored = evaluate(pl_module.net, pl_module.score, self.val, self.cell.seed, self.metric, self.flag)
         row = {
             "step": step,
-            "train_loss": loss / max(count, 1),
-            "train_accuracy": correct / max(count, 1),
-            "val_loss": scored["loss"],
-            "val_accuracy": scored["accuracy"],
+            "train_loss": trained["loss"],
+            f"train_{self.metric}": trained[self.metric],
+            **{f"val_{name}": value for name, value in scored.items()},
         }
         self.rows = [*self.rows, row]
         self.sums, self.due = torch.zeros_like(self.sums), False
-        self.progress.note(row["train_loss"], row["val_accuracy"])
+        self.progress.note(row["train_loss"], row[f"val_{self.metric}"])
         # Of equal scores the earlier one stays: less training for the same.
-        if not self.best or row["val_accuracy"] > self.best["val_accuracy"]:
+        if not self.best or row[f"val_{self.metric}"] > self.best[f"val_{self.metric}"]:
             self.best = row
             weights = {name: tensor.detach().cpu().clone() for name, tensor in pl_module.net.state_dict().items()}
             write_whole(self.folder / BEST, lambda path: save_file(weights, path))
@@ -179,12 +188,22 @@ class Recorder(Callback):
 
 
 def fit(
-    net: Net, score: Scorer, cell: Cell, train: Tokens, val: Tokens, folder: Path, *, accelerator: str = "auto"
+    net: Net,
+    score: Scorer,
+    cell: Cell,
+    train: Examples,
+    val: Examples,
+    folder: Path,
+    *,
+    metric: Metric = "accuracy",
+    accelerator: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
 ) -> dict[str, Any]:
     """Trains `net` for the steps of `cell`, resuming from `last.ckpt` in `folder` if it is there.
 
-    Leaves `metrics.csv`, `best.safetensors` (the weights of the best validation accuracy, the earliest of equals) and
-    `last.ckpt` in `folder`; returns the curve, the best row, tokens, squared lengths, seconds, and the device.
+    Leaves `metrics.csv`, `best.safetensors` (the weights of the best validation metric, the earliest of equals) and
+    `last.ckpt` in `folder`; returns the curve, the best row, seconds in all and waiting for batches, and the device.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; the state is saved first.
@@ -203,7 +222,8 @@ def fit(
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         progress = Progress(cell.key, cell.steps)
-        recorder = Recorder(folder, cell, val, flag, progress)
+        stream = BatchStream(train, cell.optim.batch_size, cell.seed)
+        recorder = Recorder(folder, cell, val, metric, stream, flag, progress)
         trainer = Trainer(
             accelerator=device_kind(accelerator),
             devices=1,
@@ -218,7 +238,6 @@ def fit(
             use_distributed_sampler=False,
             default_root_dir=folder,
         )
-        stream = BatchStream(train, cell.optim.batch_size, cell.seed)
         trainer.fit(
             trainee, datamodule=Stream(stream), ckpt_path=str(last) if last.exists() else None, weights_only=True
         )
@@ -226,9 +245,8 @@ def fit(
     return {
         "curve": recorder.rows,
         "best": recorder.best,
-        "tokens": recorder.tokens,
-        "squares": recorder.squares,
         "seconds": recorder.seconds,
+        "loader_seconds": stream.seconds,
         "device": _device_name(trainer.strategy.root_device),
     }
 

@@ -11,11 +11,11 @@ from linrnn.models.backbone import SequenceBackbone
 from linrnn.models.pretrained import Pretrained
 from linrnn.models.tokens import check_ids, embed_ids
 
-POOLINGS = ("mean", "last", "max", "cls")
+POOLINGS = ("mean", "last", "max", "cls", "none")
 
 
 class SequenceClassifier(Pretrained):
-    """Maps token ids (B, T) or reals (B, T, d_input) to logits (B, n_classes).
+    """Maps token ids (B, T) or reals (B, T, d_input) to logits (B, n_classes), of each token if asked.
 
     Pooling and mixing see real tokens only (`mask` True); what is written at padded places does not matter. A row
     without any real token pools to zeros. "cls" appends one learned token behind the last real one, where a causal
@@ -26,7 +26,7 @@ class SequenceClassifier(Pretrained):
         vocab_size: number of token ids (exactly one of vocab_size and d_input is given).
         d_input: width of real inputs.
         mixer, d_model, n_layers, mixer_kwargs, ffn_expand, norm, prenorm, dropout, bidirectional: the backbone's.
-        pooling: "mean", "last" (the last real token), "max" or "cls".
+        pooling: "mean", "last" (the last real token), "max" or "cls"; "none" classifies every token.
         two_inputs: compare two sequences a, b: a multilayer perceptron reads their pooled a, b, a - b and a * b.
         max_length: longer inputs are refused; None takes any length.
     """
@@ -59,6 +59,8 @@ class SequenceClassifier(Pretrained):
             )
         if pooling not in POOLINGS:
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+        if pooling == "none" and two_inputs:
+            raise ValueError('pooling: expected one vector per sequence for two inputs, got "none"')
         self.max_length = None if max_length is None else positive_int("max_length", max_length)
         self.vocab_size, self.d_input, self.pooling, self.two_inputs = vocab_size, d_input, pooling, two_inputs
         self.backbone = SequenceBackbone(
@@ -88,7 +90,7 @@ class SequenceClassifier(Pretrained):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, x2: Tensor | None = None, mask2: Tensor | None = None
     ) -> Tensor:
-        """Maps inputs (and their masks (B, T) bool, True on real tokens) to logits (B, n_classes).
+        """Maps inputs (and their masks (B, T) bool, True on real tokens) to logits (B, n_classes), or (B, T, n_classes) without pooling.
 
         Raises:
             ValueError: a wrong shape, an id outside the vocabulary, a sequence longer than max_length, or a second
@@ -111,7 +113,9 @@ class SequenceClassifier(Pretrained):
         return self.backbone(self.embed_inputs(x, mask), mask=mask)[0]
 
     def pool(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Maps inputs to one vector per sequence, (B, d_model)."""
+        """Maps inputs to one vector per sequence, (B, d_model), or per token without pooling, (B, T, d_model)."""
+        if self.pooling == "none":
+            return self.features(x, mask)
         if self.cls is None:
             return pool(self.features(x, mask), mask, self.pooling)
         e = self.embed_inputs(x, mask)

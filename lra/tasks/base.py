@@ -47,9 +47,10 @@ class Levels:
 class Task:
     """Base of the tasks; the fields of a subclass are its options.
 
-    The splits are `datasets.Dataset`s of integer columns. `input_ids` holds tokens, or 8-bit levels with the channels of
-    a position side by side; a task with `two_inputs` has `input_ids_2` as well. Labels are in `label`, one a row, or, if
-    the task is `dense`, in `labels`, one a position, -100 where nothing is asked.
+    The splits are `datasets.Dataset`s of integer columns. `input_ids` holds tokens, or 8-bit levels with the channels
+    of a position side by side; a task with `two_inputs` has `input_ids_2` as well. Labels are in `label`, one a row, or,
+    if the task is `dense`, in `labels`, one a position, -100 where nothing is asked. Training rows are in random order:
+    the first n of them are a fair sample.
     """
 
     mask_rate: float = 0.15
@@ -66,6 +67,7 @@ class Task:
     dense: ClassVar[bool] = False
     ink: ClassVar[bool] = False  # denoising is also scored on levels above 0 alone
     hub: ClassVar[str | None] = None  # the source of real data on the Hugging Face hub
+    causal_pooling: ClassVar[str | None] = None  # for models that see only the past; None: as for the others
     not_data: ClassVar[tuple[str, ...]] = ("mask_rate", "pooling")  # options that leave the cached data as they are
 
     def __post_init__(self) -> None:
