@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from linrnn._recurrences import Length, recurrence, unknown, weights
-from linrnn.layers import Aaren, Conv, Griffin, LowerBounds, RecurrentLayer
+from linrnn.layers import Aaren, Bidirectional, Conv, Griffin, LowerBounds, RecurrentLayer
 from linrnn.layers.ema import DampedEMA
 from linrnn.layers.heads import HeadNorm
 from linrnn.layers.relative_bias import RotaryBias, SimpleBias
@@ -74,7 +74,7 @@ ONE_BY_ONE: tuple[type[nn.Module], ...] = (
     *(nn.GELU, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.GLU),
 )
 CONTAINERS: tuple[type[nn.Module], ...] = (
-    *(nn.Sequential, nn.ModuleList, QKVConv, Conv, Griffin),
+    *(nn.Sequential, nn.ModuleList, QKVConv, Conv, Griffin, Bidirectional),
     *(Block, GatedFFN, SequenceBackbone, LanguageModel),
 )
 for _type in ONE_BY_ONE:

@@ -6,6 +6,7 @@ from typing import Any
 from linrnn.layers.aaren import Aaren
 from linrnn.layers.attention import Attention, AttentionState
 from linrnn.layers.base import RecurrentLayer, State
+from linrnn.layers.bidirectional import Bidirectional
 from linrnn.layers.complex_rwkv import ComplexRWKV
 from linrnn.layers.conv import Conv, ConvState
 from linrnn.layers.delta_layer import DeltaState
@@ -107,6 +108,7 @@ __all__ = [
     "Aaren",
     "Attention",
     "AttentionState",
+    "Bidirectional",
     "ComplexRWKV",
     "Conv",
     "ConvState",

@@ -26,7 +26,8 @@ class SequenceBackbone(RecurrentLayer):
         norm: "rms" or "layer".
         prenorm: normalise before each sublayer (else after it).
         dropout: probability of dropping an output of a mixer or feed-forward network in training.
-        bidirectional: every mixer looks both ways; such a backbone cannot step.
+        bidirectional: every mixer looks both ways, in two halves (`layers.Bidirectional`) where it has no such option;
+            such a backbone cannot step.
     """
 
     state_type = tuple
@@ -162,13 +163,12 @@ def build_norm(norm: str, d_model: int) -> nn.Module:
 
 
 def build_mixer(name: str, d_model: int, kwargs: Mapping[str, Any], bidirectional: bool) -> RecurrentLayer:
-    """Builds a registered layer that looks one way or both ways."""
-    kwargs = dict(kwargs)
-    if bidirectional:
-        if "bidirectional" not in layers.options(name):
-            raise ValueError(f"bidirectional: the layer {name!r} runs in one direction only; expected False")
-        kwargs["bidirectional"] = True
-    return layers.build(name, d_model, **kwargs)
+    """Builds a registered layer that looks one way or both ways: by itself, or as `layers.Bidirectional`."""
+    if not bidirectional:
+        return layers.build(name, d_model, **kwargs)
+    if "bidirectional" in layers.options(name):
+        return layers.build(name, d_model, **{**kwargs, "bidirectional": True})
+    return layers.Bidirectional(name, d_model, **kwargs)
 
 
 def mixer_names(mixer: str | Sequence[str], n_layers: int) -> list[str]:

@@ -147,13 +147,13 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
         SequenceBackbone(**({"mixer": "lru", "d_model": D, "n_layers": 2} | kwargs))
 
 
-def test_a_one_way_layer_refuses_bidirectional(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OneWay(layers.RecurrentLayer):
-        pass
-
-    monkeypatch.setitem(layers.LAYERS, "one_way", OneWay)
-    with pytest.raises(ValueError, match="bidirectional: the layer 'one_way' runs in one direction only"):
-        SequenceBackbone("one_way", D, 2, bidirectional=True)
+def test_a_one_way_layer_runs_in_two_halves() -> None:
+    backbone = SequenceBackbone(["lru", "mamba"], D, 2, bidirectional=True, mixer_kwargs={"mamba": {"d_state": 3}})
+    lru, mamba = backbone.mixers
+    assert isinstance(lru, layers.LRU) and not lru.causal
+    assert isinstance(mamba, layers.Bidirectional) and mamba.backwards.d_state == 3 and not backbone.causal
+    with pytest.raises(ValueError, match="d_model: expected an even number, 'mamba' has half of it each way, got 63"):
+        SequenceBackbone("mamba", 63, 2, bidirectional=True)
 
 
 def test_bad_inputs() -> None:
