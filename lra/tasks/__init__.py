@@ -3,12 +3,21 @@
 from dataclasses import fields
 
 from lra.tasks.base import Ids, Levels, Task
+from lra.tasks.digits import Digits
+from lra.tasks.images import Image, PSMnist, SCifar, SMnist
 from lra.tasks.listops import ListOps
+from lra.tasks.text import Text
 
 __all__ = ["TASKS", "Ids", "Levels", "ListOps", "Task", "build_task"]
 
 TASKS: dict[str, type[Task]] = {
     "listops": ListOps,
+    "image": Image,
+    "scifar": SCifar,
+    "smnist": SMnist,
+    "psmnist": PSMnist,
+    "digits": Digits,
+    "text": Text,
 }
 
 
