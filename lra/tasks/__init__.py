@@ -3,9 +3,14 @@
 from dataclasses import fields
 
 from lra.tasks.base import Ids, Levels, Task
+from lra.tasks.delayed_xor import DelayedXor
 from lra.tasks.digits import Digits
 from lra.tasks.images import Image, PSMnist, SCifar, SMnist
+from lra.tasks.induction_heads import InductionHeads
 from lra.tasks.listops import ListOps
+from lra.tasks.mqar import MQAR
+from lra.tasks.selective_copying import SelectiveCopying
+from lra.tasks.state_tracking import Parity, Permutations
 from lra.tasks.text import Text
 
 __all__ = ["TASKS", "Ids", "Levels", "ListOps", "Task", "build_task"]
@@ -18,6 +23,12 @@ TASKS: dict[str, type[Task]] = {
     "psmnist": PSMnist,
     "digits": Digits,
     "text": Text,
+    "mqar": MQAR,
+    "selective_copying": SelectiveCopying,
+    "induction_heads": InductionHeads,
+    "permutations": Permutations,
+    "parity": Parity,
+    "delayed_xor": DelayedXor,
 }
 
 
