@@ -87,7 +87,7 @@ for _type in CONTAINERS:
 def _(model: SequenceClassifier, T: Length) -> Multiplications:
     embedding, backbone = count(model.embed, T), count(model.backbone, T.plus(0 if model.cls is None else 1))
     inputs = [embedding, backbone] * (2 if model.two_inputs else 1)
-    return sum(inputs, count(model.head, Length(1)))
+    return sum(inputs, count(model.head, T if model.pooling == "none" else Length(1)))
 
 
 @_count.register

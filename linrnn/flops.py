@@ -37,7 +37,8 @@ def flops(layer: nn.Module, T: int, *, part: str | None = None) -> int:
     """Returns the multiplications (not twice that) of one sequence of T tokens through a layer or a model.
 
     See the module's documentation for what is counted. Of a model all layers, feed-forward networks and the head are
-    counted (a classifier's once for a sequence, and with two inputs both of T tokens), embeddings of ids are not.
+    counted (a classifier's once for a sequence, if it pools; with two inputs both of T tokens), embeddings of ids are
+    not.
 
     ```python
     linrnn.flops(layers.build("attention", 512), 1024)  # 4 T D² + 2 T² D = 2147483648

@@ -194,7 +194,8 @@ def test_models_are_the_sum_of_their_parts():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"pooling": "cls"}, {"two_inputs": True}, {"two_inputs": True, "pooling": "cls"}]
+    "options",
+    [{}, {"pooling": "cls"}, {"pooling": "none"}, {"two_inputs": True}, {"two_inputs": True, "pooling": "cls"}],
 )
 def test_classifiers_are_what_torch_counts(options):
     model = SequenceClassifier(10, d_input=3, mixer="attention", d_model=64, n_layers=2, **options)
