@@ -47,9 +47,6 @@ class Trainee(LightningModule):
         score = self.score(self.net, batch, generator)
         return {"loss": score.mean, "sums": score.sums()}
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch.to(device)
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optim, lr = self.cell.optim, self.cell.lr
         optimizer = torch.optim.AdamW(param_groups(self.net, lr, optim.weight_decay), lr=lr)
@@ -81,6 +78,9 @@ class Stream(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.stream, batch_size=None)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)
 
     def state_dict(self) -> dict[str, int]:
         assert self.trainer is not None
