@@ -90,7 +90,9 @@ class SequenceClassifier(Pretrained):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, x2: Tensor | None = None, mask2: Tensor | None = None
     ) -> Tensor:
-        """Maps inputs (and their masks (B, T) bool, True on real tokens) to logits (B, n_classes), or (B, T, n_classes) without pooling.
+        """Maps inputs (and their masks (B, T) bool, True on real tokens) to logits (B, n_classes).
+
+        Without pooling they are (B, T, n_classes).
 
         Raises:
             ValueError: a wrong shape, an id outside the vocabulary, a sequence longer than max_length, or a second

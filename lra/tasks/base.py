@@ -48,9 +48,9 @@ class Task:
     """Base of the tasks; the fields of a subclass are its options.
 
     The splits are `datasets.Dataset`s of integer columns. `input_ids` holds tokens, or 8-bit levels with the channels
-    of a position side by side; a task with `two_inputs` has `input_ids_2` as well. Labels are in `label`, one a row, or,
-    if the task is `dense`, in `labels`, one a position, -100 where nothing is asked. Training rows are in random order:
-    the first n of them are a fair sample.
+    of a position side by side; a task with `two_inputs` has `input_ids_2` as well. Labels are in `label`, one a row,
+    or, if the task is `dense`, in `labels`, one a position, -100 where nothing is asked. Training rows are in random
+    order: the first n of them are a fair sample.
     """
 
     mask_rate: float = 0.15

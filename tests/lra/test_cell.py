@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lra.cell import finished, run_cell
 from lra.config import cell_from_dict
-from lra.evaluate import by_length, evaluate, predictions
+from lra.evaluate import accuracies, evaluate, grouped
 from lra.networks import build_net, head_free, load_weights, matched, sizes
 from lra.presets import merge
 from lra.train import BEST, LAST, lr_factor
@@ -43,10 +43,12 @@ def test_a_cell_leaves_its_whole_record(tiny, run):
     assert result["val"]["accuracy"] == best["val_accuracy"] and result["best_step"] == best["step"]
     assert [float(row["val_loss"]) for row in rows] == [row["val_loss"] for row in result["curve"]]
     assert result["pretrain"]["steps"] + result["steps"] == 20
-    assert result["tokens"] > 0 and result["flops"] == pytest.approx(
-        6 * result["parameters"]["blocks"] * result["tokens"]
-    )
-    assert sum(b["n"] for b in result["test"]["by_length"]) == result["data"]["test"]["rows"] == 40
+    assert result["tokens"] > 0 and result["flops"] > result["parameters"]["blocks"] * result["tokens"]
+    assert 0 < result["loader_seconds"] < result["seconds"] and result["data"]["fingerprint"]
+    assert set(result["test"]["groups"]) == {"length", "depth to evaluate"}
+    for group in result["test"]["groups"].values():
+        assert sum(b["n"] for b in group) == result["data"]["test"]["rows"] == 40
+    assert set(result["test"]["shuffled"]) == {"1", "8"}
     assert {"majority", "root operator", "exact to depth 1"} <= set(result["reference_lines"])
     assert set(result["versions"]) >= {"python", "torch", "lightning", "linrnn"} and result["threads"] >= 1
 
@@ -66,7 +68,7 @@ def test_a_computed_cell_returns_at_once(tiny, run, monkeypatch):
 
 def test_the_kept_weights_are_the_best_ones(tiny, run, cache_dir):
     """Scoring best.safetensors again gives the best validation row and the test accuracy of the record."""
-    from lra.batches import Tokens
+    from lra.batches import Examples
     from lra.data import load
     from lra.objectives import classification
 
@@ -76,16 +78,16 @@ def test_the_kept_weights_are_the_best_ones(tiny, run, cache_dir):
     assert min(scores) < max(scores) == result["val"]["accuracy"], "a curve that goes up and down, and its top"
     assert result["best_step"] == result["curve"][scores.index(max(scores))]["step"], "the earliest of equals"
     task = cell.build_task()
-    net = build_net(cell.model, task, denoise=False, seed=99)
+    net = build_net(cell.model, task, seed=99)
     load_weights(net, folder / BEST, heads=True)
     splits = load(task, cache_dir)
-    val, test = (Tokens.from_dataset(splits[name], task.pad_id) for name in ("val", "test"))
+    val, test = (Examples.from_dataset(splits[name], task) for name in ("val", "test"))
     net.train()
-    scored = evaluate(net, lambda n, b, g: classification(n, b), val, cell.seed)
+    scored = evaluate(net, lambda n, b, g: classification(n, b), val, cell.seed, "accuracy")
     assert net.training, "an evaluation leaves the mode as it was, or dropout would end with the first one"
     assert scored["accuracy"] == result["val"]["accuracy"]
     assert scored["loss"] == pytest.approx(result["val"]["loss"], rel=1e-6)
-    assert (predictions(net, test) == test.labels).mean() == result["test"]["accuracy"]
+    assert accuracies(net, test).mean() == result["test"]["accuracy"]
 
 
 def test_finetuning_starts_from_the_pretrained_body(tiny, run, monkeypatch):
@@ -107,20 +109,23 @@ def test_finetuning_starts_from_the_pretrained_body(tiny, run, monkeypatch):
 
 def test_pretraining_reads_training_inputs_alone(tiny, run, monkeypatch):
     """Neither labels nor the test split reach a pretrain cell; the classifier sees the first `labels` rows."""
-    from lra.batches import Tokens
+    from lra.batches import Examples
 
-    real, read = Tokens.from_dataset.__func__, []
+    real, read = Examples.from_dataset.__func__, []
 
-    def spy(dataset, pad_id, limit=None):
+    def spy(dataset, task, limit=None):
         read.append((len(dataset), limit))
-        return real(Tokens, dataset, pad_id, limit)
+        return real(Examples, dataset, task, limit)
 
-    monkeypatch.setattr(Tokens, "from_dataset", spy)
+    monkeypatch.setattr(Examples, "from_dataset", spy)
     result, _ = run(tiny(regime="pretrain", budget={"labels": 16}))
-    assert read == [(60, None), (30, None)] and "test" not in result and "reference_lines" not in result
+    assert read == [(60, 60), (30, None)] and "test" not in result and "reference_lines" not in result
     read.clear()
     result, _ = run(tiny(budget={"labels": 16}))
-    assert read == [(60, 16), (30, None), (40, None)] and result["data"]["train"]["rows"] == 16
+    assert read == [(60, 16), (30, None), (40, None), (40, 2000)] and result["data"]["train"]["rows"] == 16
+    read.clear()
+    result, _ = run(tiny(regime="finetune", budget={"labels": 16, "data": 0.5}))
+    assert [limit for rows, limit in read if rows == 60] == [30, 16], "a share of the rows bounds pretraining too"
 
 
 @pytest.mark.parametrize("change", [{"mixer": "attention"}, {"bidirectional": False}, {"pooling": "cls"}])
@@ -133,7 +138,7 @@ def test_other_models_pretrain_and_finetune(tiny, run, change):
 def test_a_checkpoint_of_another_model_is_refused(tiny, run, tmp_path):
     cell = tiny(regime="finetune")
     _, pretrained = run(cell.pretraining())
-    other = build_net(replace(cell.model, d_model=32), cell.build_task(), denoise=True, seed=0)
+    other = build_net(replace(cell.model, d_model=32), cell.build_task(), denoise="masked", seed=0)
     save_file(other.state_dict(), pretrained / BEST)
     with pytest.raises(ValueError, match=r"best.safetensors is a checkpoint of another model: body.*\(32, .*there"):
         run(cell)
@@ -204,7 +209,7 @@ def test_a_gpu_trains_and_resumes(tiny, cache_dir, tmp_path, monkeypatch):
 
 def test_initialisation_is_a_function_of_the_seed(tiny):
     cell = tiny()
-    nets = [build_net(cell.model, cell.build_task(), denoise=True, seed=s).state_dict() for s in (1, 1, 2)]
+    nets = [build_net(cell.model, cell.build_task(), denoise="masked", seed=s).state_dict() for s in (1, 1, 2)]
     assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
     assert any(not torch.equal(nets[0][name], nets[2][name]) for name in nets[0])
 
@@ -225,19 +230,19 @@ def test_learning_rate_rises_then_stays_or_falls(tiny):
     assert [lr_factor(constant, t) for t in range(20)] == [*factors[:4], *[1.0] * 16]
 
 
-def test_length_buckets_hold_everything_once():
+def test_groups_hold_everything_once():
     rng = np.random.default_rng(0)
-    lengths, correct = rng.integers(1, 30, 200), rng.random(200) < 0.3
-    rows = by_length(correct, lengths)
+    lengths, right = rng.integers(1, 30, 200), (rng.random(200) < 0.3).astype(float)
+    rows = grouped(right, lengths)
     assert len(rows) == 4 and sum(r["n"] for r in rows) == 200
-    assert sum(r["n"] * r["accuracy"] for r in rows) == pytest.approx(correct.sum())
+    assert sum(r["n"] * r["accuracy"] for r in rows) == pytest.approx(right.sum())
     assert all(a["max"] < b["min"] for a, b in pairwise(rows))
     for r in rows:
         inside = (lengths >= r["min"]) & (lengths <= r["max"])
-        assert r["accuracy"] == pytest.approx(correct[inside].mean())
-    assert by_length(correct, np.full(200, 7)) == [
-        {"min": 7, "max": 7, "n": 200, "accuracy": pytest.approx(correct.mean())}
-    ]
+        assert r["accuracy"] == pytest.approx(right[inside].mean())
+    assert grouped(right, np.full(200, 7)) == [{"min": 7, "max": 7, "n": 200, "accuracy": pytest.approx(right.mean())}]
+    few = grouped(right, lengths % 6)
+    assert [(r["min"], r["max"]) for r in few] == [(v, v) for v in range(6)], "few values have a group each"
 
 
 def test_merge_is_deep_and_leaves_its_inputs_alone():

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from lra.data import CacheError, data_dir, default_cache_dir, load
+from lra.data import CacheError, data_folder, default_cache_dir, load
 from lra.tasks import ListOps
 
 TASK = ListOps(n_train=40, n_val=8, n_test=8, max_depth=3, max_args=4, min_length=4, max_tree_length=30)
@@ -27,7 +27,7 @@ def calls(monkeypatch):
     """Counts the generations."""
     made = []
     generate = ListOps.generate
-    monkeypatch.setattr(ListOps, "generate", lambda self, workers=None: made.append(self) or generate(self, workers))
+    monkeypatch.setattr(ListOps, "generate", lambda self, *args: made.append(self) or generate(self, *args))
     return made
 
 
@@ -36,7 +36,7 @@ def test_made_once(tmp_path, calls):
     assert contents(first) == contents(TASK.generate(1))
     assert contents(load(TASK, tmp_path)) == contents(first) == contents(TASK.splits(tmp_path))
     assert len(calls) == 2  # the first load and the line that compares
-    assert leftovers(tmp_path) == [data_dir(TASK, tmp_path).name]
+    assert leftovers(tmp_path) == [data_folder(TASK, tmp_path).name]
 
 
 def test_the_columns_keep_their_types(tmp_path):
@@ -49,7 +49,7 @@ def test_the_manifest_does_not_depend_on_workers(tmp_path):
     manifests = []
     for workers in (1, 3):
         load(TASK, tmp_path / str(workers), workers)
-        manifests.append(json.loads((data_dir(TASK, tmp_path / str(workers)) / "manifest.json").read_text()))
+        manifests.append(json.loads((data_folder(TASK, tmp_path / str(workers)) / "manifest.json").read_text()))
     assert manifests[0] == manifests[1]
     assert manifests[0]["rows"] == {"train": 40, "val": 8, "test": 8}
     assert manifests[0]["config"] == TASK.data_config()
@@ -57,15 +57,15 @@ def test_the_manifest_does_not_depend_on_workers(tmp_path):
 
 
 def test_only_what_decides_the_data_is_in_the_key(tmp_path):
-    assert data_dir(replace(TASK, mask_rate=0.5, pooling="max"), tmp_path) == data_dir(TASK, tmp_path)
+    assert data_folder(replace(TASK, mask_rate=0.5, pooling="max"), tmp_path) == data_folder(TASK, tmp_path)
     others = [replace(TASK, **change) for change in ({"seed": 1}, {"n_train": 41}, {"p_operator": 0.3})]
-    assert len({data_dir(task, tmp_path) for task in (TASK, *others)}) == 4
+    assert len({data_folder(task, tmp_path) for task in (TASK, *others)}) == 4
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("LRA_CACHE", str(tmp_path / "a"))
     assert default_cache_dir() == tmp_path / "a"
-    assert data_dir(TASK).parent == tmp_path / "a" / "listops"
+    assert data_folder(TASK).parent == tmp_path / "a" / "listops"
     monkeypatch.delenv("LRA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
     assert default_cache_dir() == tmp_path / "b" / "lra"
@@ -101,12 +101,12 @@ def truncate(path):
 )
 def test_a_damaged_file_is_named(tmp_path, name, damage, message):
     good = contents(load(TASK, tmp_path))
-    path = data_dir(TASK, tmp_path) / name
+    path = data_folder(TASK, tmp_path) / name
     damage(path)
     with pytest.raises(CacheError) as error:
         load(TASK, tmp_path)
     assert str(path) in str(error.value) and message in str(error.value)
-    assert "run `lra data listops --force`" in str(error.value) and f"delete {data_dir(TASK, tmp_path)}" in str(
+    assert "run `lra data listops --force`" in str(error.value) and f"delete {data_folder(TASK, tmp_path)}" in str(
         error.value
     )
     assert contents(load(TASK, tmp_path, force=True)) == good == contents(load(TASK, tmp_path))
@@ -114,9 +114,9 @@ def test_a_damaged_file_is_named(tmp_path, name, damage, message):
 
 def test_a_manifest_without_checksums_is_refused(tmp_path):
     load(TASK, tmp_path)
-    path = data_dir(TASK, tmp_path) / "manifest.json"
+    path = data_folder(TASK, tmp_path) / "manifest.json"
     path.write_text(json.dumps({"config": TASK.data_config(), "files": {}}))
-    with pytest.raises(CacheError, match=r"manifest\.json lacks the checksums of a split"):
+    with pytest.raises(CacheError, match=r"manifest\.json lacks a part"):
         load(TASK, tmp_path)
 
 
@@ -125,7 +125,7 @@ def test_force_leaves_open_data_readable(tmp_path, calls):
     after = load(TASK, tmp_path, force=True)
     assert len(calls) == 2
     assert contents(before) == contents(after)
-    assert leftovers(tmp_path) == [data_dir(TASK, tmp_path).name]
+    assert leftovers(tmp_path) == [data_folder(TASK, tmp_path).name]
 
 
 @pytest.mark.parametrize("place", ["lra.tasks.listops.ListOps.generate", "datasets.Dataset.save_to_disk"])
@@ -148,7 +148,7 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch, place):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    folder = data_dir(TASK, tmp_path)
+    folder = data_folder(TASK, tmp_path)
     (folder.parent / f"{folder.name}.tmp-killed" / "new" / "train").mkdir(parents=True)
     load(TASK, tmp_path)
     assert leftovers(tmp_path) == [folder.name]
@@ -170,12 +170,12 @@ def test_processes_do_not_disturb_each_other(tmp_path):
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     load(TASK, tmp_path)
-    assert leftovers(tmp_path) == [data_dir(TASK, tmp_path).name]
+    assert leftovers(tmp_path) == [data_folder(TASK, tmp_path).name]
 
 
 def test_a_read_only_cache_is_read(tmp_path, monkeypatch):
     good = contents(load(TASK, tmp_path))
-    lock = data_dir(TASK, tmp_path).with_name(data_dir(TASK, tmp_path).name + ".lock")
+    lock = data_folder(TASK, tmp_path).with_name(data_folder(TASK, tmp_path).name + ".lock")
     lock.unlink()
     monkeypatch.setattr("os.access", lambda path, mode: False)  # as root every folder is writable
     assert contents(load(TASK, tmp_path)) == good

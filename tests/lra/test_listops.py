@@ -207,7 +207,7 @@ def test_text():
     ids = ListOps.encode(text)
     assert ListOps.decode(ids) == "[MAX 2 [MIN 4 7 X X"
     assert ListOps.encode(ListOps.decode(ids)) == ids
-    assert {ListOps.pad_id, ListOps.mask_id}.isdisjoint(ids) and max(ids) < ListOps.vocab_size
+    assert {ListOps.inputs.pad_id, ListOps.inputs.mask_id}.isdisjoint(ids) and max(ids) < ListOps.inputs.vocab_size
     with pytest.raises(ValueError, match=r"unknown token '\[AVG' in text"):
         ListOps.encode("[AVG 2 9 ]")
     with pytest.raises(ValueError, match=r"ids must lie in 0\.\.16, got 17"):
@@ -219,7 +219,7 @@ def test_text():
 def test_defaults_are_the_benchmark():
     task = build_task("listops")
     assert (task.n_train, task.n_val, task.n_test, task.max_length) == (96_000, 2_000, 2_000, 1_999)
-    assert (task.n_classes, task.vocab_size, task.mask_rate, task.pooling) == (10, 17, 0.1, "mean")
+    assert (task.n_classes, task.inputs.vocab_size, task.mask_rate, task.pooling) == (10, 17, 0.1, "mean")
     assert TASKS["listops"] is type(task) and task.name == "listops"
 
 
@@ -234,17 +234,17 @@ def test_presets(preset):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_train": 0}, "n_train must be at least 1, got 0"),
-        ({"n_val": 0}, "n_val must be at least 1, got 0"),
-        ({"n_test": -1}, "n_test must be at least 1, got -1"),
-        ({"max_depth": 1}, "max_depth must be at least 2, got 1"),
-        ({"min_args": 0}, "min_args must be at least 1, got 0"),
+        ({"n_train": 0}, "n_train must be at least 1; got 0"),
+        ({"n_val": 0}, "n_val must be at least 1; got 0"),
+        ({"n_test": -1}, "n_test must be at least 1; got -1"),
+        ({"max_depth": 1}, "max_depth must be at least 2; got 1"),
+        ({"min_args": 0}, "min_args must be at least 1; got 0"),
         ({"max_args": 1}, "max_args must be at least min_args=2, got 1"),
-        ({"min_length": 0}, "min_length must be at least 1, got 0"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"p_operator": 1.5}, r"p_operator must lie in \[0, 1\], got 1.5"),
-        ({"mask_rate": -0.1}, r"mask_rate must lie in \[0, 1\], got -0.1"),
-        ({"pooling": "cls"}, "pooling must be mean, max or last, got 'cls'"),
+        ({"min_length": 0}, "min_length must be at least 1; got 0"),
+        ({"seed": -1}, "seed must be at least 0; got -1"),
+        ({"p_operator": 1.5}, r"p_operator must be in \[0, 1\]; got 1.5"),
+        ({"mask_rate": -0.1}, r"mask_rate must be in \[0, 1\]; got -0.1"),
+        ({"pooling": "cls"}, "pooling must be one of mean, max, last; got 'cls'"),
         ({"max_tree_length": 501}, "max_tree_length must be greater than 501, got 501"),
         ({"min_length": 1, "max_tree_length": 4}, "max_tree_length must be greater than 4, got 4"),
         ({"max_depth": 3}, "min_length=500 is out of reach: with max_depth=3 and max_args=10 a tree has at most 122"),
@@ -263,16 +263,16 @@ def test_the_tightest_options_work():
 
 
 def test_bad_types():
-    with pytest.raises(TypeError, match=r"n_train must be an integer, got 1000.0"):
+    with pytest.raises(ValueError, match=r"n_train must be an integer; got 1000.0"):
         ListOps(n_train=1e3)
-    with pytest.raises(TypeError, match="seed must be an integer, got True"):
+    with pytest.raises(ValueError, match="seed must be an integer; got True"):
         ListOps(seed=True)
 
 
 def test_build_task_refuses_the_unknown():
     with pytest.raises(ValueError, match="unknown task 'listopz'; the tasks are: listops"):
         build_task("listopz")
-    with pytest.raises(ValueError, match="unknown option 'depth' of task 'listops'; the options are: n_train, "):
+    with pytest.raises(ValueError, match="unknown option 'depth' of task 'listops'; the options are: .*n_train, "):
         build_task("listops", depth=3)
 
 
@@ -286,6 +286,6 @@ def test_asking_for_more_trees_than_exist():
 
 
 def test_importing_the_tasks_is_light():
-    heavy = "{'numpy', 'torch', 'datasets', 'pyarrow', 'lightning'} & set(sys.modules)"
+    heavy = "{'torch', 'datasets', 'pyarrow', 'lightning'} & set(sys.modules)"
     code = f"import sys, lra.tasks, lra.data; lra.tasks.build_task('listops'); assert not {heavy}, {heavy}"
     subprocess.run([sys.executable, "-c", code], check=True)

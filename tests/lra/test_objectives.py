@@ -1,58 +1,149 @@
 """Objectives against their definitions written out position by position."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from linrnn.models import SequenceClassifier
-from lra.batches import Batch
-from lra.objectives import Net, causal_denoising, classification, draw_mask, masked_denoising
+from lra.batches import Batch, Side
+from lra.objectives import Net, causal_denoising, classification, draw_mask, masked_denoising, measures
+from lra.tasks import Ids, Levels
+from lra.tasks.base import IGNORED
 
 V, MASK, PAD = 11, 1, 0
+IDS = Ids(V, pad_id=PAD, mask_id=MASK)
+LENGTHS = torch.tensor([6, 1, 4])
 
 
-def make(bidirectional: bool, mixer: str = "lru") -> tuple[Net, Batch]:
-    body = SequenceClassifier(5, vocab_size=V, mixer=mixer, d_model=16, n_layers=1, bidirectional=bidirectional)
-    lengths = torch.tensor([6, 1, 4])
-    mask = torch.arange(6) < lengths[:, None]
+def make(bidirectional: bool, mixer: str = "lru", denoise: bool = True, **options) -> tuple[Net, Batch]:
+    body = SequenceClassifier(
+        5, vocab_size=V, mixer=mixer, d_model=16, n_layers=1, bidirectional=bidirectional, **options
+    )
+    mask = torch.arange(6) < LENGTHS[:, None]
     ids = torch.where(mask, torch.randint(2, V, (3, 6)), PAD)
-    return Net(body, 16, V).eval(), Batch(ids, mask, torch.tensor([0, 4, 2]))
+    batch = Batch(Side(ids, mask), None, torch.tensor([0, 4, 2]))
+    return Net(body, IDS, 16, denoise=denoise).eval(), batch
+
+
+def make_levels(loss: str, channels: int, mask_channel: bool, ink: bool = False) -> tuple[Net, Batch]:
+    inputs = Levels(channels, 100.0, 50.0, loss)
+    body = SequenceClassifier(
+        2, d_input=channels + mask_channel, d_model=16, n_layers=1, bidirectional=mask_channel, mixer="lru"
+    )
+    levels = torch.randint(0, 256, (3, 7, channels), dtype=torch.uint8)
+    levels[:, ::2] = 0
+    return Net(body, inputs, 16, denoise=True, ink=ink).eval(), Batch(Side(levels, None), None, torch.zeros(3).long())
+
+
+def logits_at(net: Net, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return net.denoise(net.body.features(ids, mask))
 
 
 def test_classification_is_cross_entropy():
-    net, batch = make(True)
+    net, batch = make(True, denoise=False)
     score = classification(net, batch)
-    logits = net.body(batch.ids, batch.mask)
+    logits = net.body(*batch.first)
     torch.testing.assert_close(score.mean, F.cross_entropy(logits, batch.labels))
     assert score.scored == 3 and score.correct == (logits.argmax(1) == batch.labels).sum()
 
 
+def test_classification_of_positions_leaves_out_those_without_a_label():
+    net, batch = make(True, denoise=False, pooling="none")
+    labels = torch.full((3, 6), IGNORED)
+    labels[0, 2], labels[2, 1] = 3, 0
+    score = classification(net, batch._replace(labels=labels))
+    logits = net.body(*batch.first)
+    expected = F.cross_entropy(logits[[0, 2], [2, 1]], torch.tensor([3, 0]), reduction="sum")
+    torch.testing.assert_close(score.loss, expected)
+    assert score.scored == 2
+
+
+def test_classification_of_two_inputs_compares_them():
+    net, batch = make(True, denoise=False, two_inputs=True)
+    second = Side(batch.first.inputs[:, :3], batch.first.mask[:, :3])
+    score = classification(net, batch._replace(second=second))
+    logits = net.body(*batch.first, *second)
+    torch.testing.assert_close(score.mean, F.cross_entropy(logits, batch.labels))
+
+
 def test_masked_scores_hidden_positions_and_nothing_else():
     net, batch = make(True)
-    hidden = draw_mask(batch.mask, 0.5, torch.Generator().manual_seed(3))
-    score = masked_denoising(net, batch, torch.Generator().manual_seed(3), mask_id=MASK, rate=0.5)
-    corrupted = batch.ids.clone()
+    ids, mask = batch.first
+    hidden = draw_mask(batch.first, (0, 1), 0.5, torch.Generator().manual_seed(3))
+    score = masked_denoising(net, batch, torch.Generator().manual_seed(3), rate=0.5)
+    corrupted = ids.clone()
     corrupted[hidden] = MASK
-    logits = net.tokens(corrupted, batch.mask)
-    terms = [F.cross_entropy(logits[b, t], batch.ids[b, t]) for b, t in hidden.nonzero().tolist()]
-    assert 0 < len(terms) < batch.mask.sum()
+    logits = logits_at(net, corrupted, mask)
+    terms = [F.cross_entropy(logits[b, t], ids[b, t]) for b, t in hidden.nonzero().tolist()]
+    assert 0 < len(terms) < mask.sum()
     torch.testing.assert_close(score.loss, torch.stack(terms).sum())
     torch.testing.assert_close(score.mean, torch.stack(terms).mean())
     assert score.scored == len(terms)
 
 
+def test_two_inputs_are_masked_one_after_the_other():
+    net, batch = make(True, two_inputs=True)
+    second = Side(batch.first.inputs.flip(0), batch.first.mask.flip(0))
+    both = masked_denoising(net, batch._replace(second=second), torch.Generator().manual_seed(5), rate=0.5)
+    generator = torch.Generator().manual_seed(5)
+    one = masked_denoising(net, batch, generator, rate=0.5)
+    two = masked_denoising(net, batch._replace(first=second), generator, rate=0.5)
+    torch.testing.assert_close(both.loss, one.loss + two.loss)
+    assert both.scored == one.scored + two.scored
+
+
+@pytest.mark.parametrize("loss", ["l1", "ce"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_masked_levels_are_hidden_behind_the_mean_and_a_mark(loss, channels):
+    net, batch = make_levels(loss, channels, mask_channel=True, ink=loss == "ce")
+    levels = batch.first.inputs
+    hidden = draw_mask(batch.first, (0, 1), 0.5, torch.Generator().manual_seed(3))
+    score = masked_denoising(net, batch, torch.Generator().manual_seed(3), rate=0.5)
+    x = (levels.double() - 100) / 50
+    seen = torch.cat((torch.where(hidden[..., None], 0, x), hidden[..., None].double()), -1).float()
+    out = net.denoise(net.body.features(seen, None))
+    if loss == "l1":
+        error = (out - x)[hidden].detach()
+        torch.testing.assert_close(score.loss, error.abs().sum().float())
+        wanted = x[hidden]
+        r2 = 1 - (error**2).sum() / ((wanted - wanted.mean()) ** 2).sum()
+        assert measures(score.sums().tolist(), "r2")["r2"] == pytest.approx(float(r2), abs=1e-4)
+        assert score.scored == hidden.sum() * channels and score.ink_scored == 0
+        return
+    logits = out.view(3, 7, channels, 256)
+    terms = [
+        F.cross_entropy(logits[b, t, c], levels[b, t, c].long()) for b, t in hidden.nonzero() for c in range(channels)
+    ]
+    torch.testing.assert_close(score.loss, torch.stack(terms).sum())
+    ink = hidden[..., None] & (levels > 0)
+    right = logits.argmax(-1) == levels
+    assert (score.ink_scored, score.ink_correct) == (ink.sum(), (ink & right).sum())
+    assert score.correct == (right & hidden[..., None]).sum()
+
+
+def test_causal_levels_predict_the_next_position():
+    net, batch = make_levels("l1", 1, mask_channel=False)
+    score = causal_denoising(net, batch)
+    x = (batch.first.inputs.float() - 100) / 50
+    out = net.denoise(net.body.features(x, None))
+    torch.testing.assert_close(score.mean, (out[:, :-1] - x[:, 1:]).abs().mean())
+
+
 def test_masking_draws_real_positions_at_the_rate():
     mask = torch.rand(200, 500, generator=torch.Generator().manual_seed(9)) < 0.7
-    hidden = draw_mask(mask, 0.15, torch.Generator().manual_seed(0))
+    side = Side(torch.zeros(200, 500).long(), mask)
+    hidden = draw_mask(side, (0, 1), 0.15, torch.Generator().manual_seed(0))
     assert not (hidden & ~mask).any()
     assert abs(hidden.sum() / mask.sum() - 0.15) < 0.01
-    again = draw_mask(mask, 0.15, torch.Generator().manual_seed(1))
-    assert not torch.equal(hidden, again)
+    assert not torch.equal(hidden, draw_mask(side, (0, 1), 0.15, torch.Generator().manual_seed(1)))
+    half = Side(side.inputs[1::2], mask[1::2])
+    assert torch.equal(draw_mask(half, (1, 2), 0.15, torch.Generator().manual_seed(0)), hidden[1::2])
 
 
 def test_nothing_hidden_is_a_zero_loss_with_gradients():
     net, batch = make(True)
-    score = masked_denoising(net, batch, torch.Generator(), mask_id=MASK, rate=0.0)
+    score = masked_denoising(net, batch, torch.Generator(), rate=0.0)
     score.mean.backward()
     assert score.mean == 0 and score.scored == 0
 
@@ -60,10 +151,11 @@ def test_nothing_hidden_is_a_zero_loss_with_gradients():
 @pytest.mark.parametrize("mixer", ["lru", "attention"])
 def test_causal_scores_the_next_real_token(mixer):
     net, batch = make(False, mixer)
+    ids, mask = batch.first
     score = causal_denoising(net, batch)
-    logits = net.tokens(batch.ids, batch.mask)
-    pairs = [(b, t) for b in range(3) for t in range(5) if batch.mask[b, t + 1]]
-    terms = [F.cross_entropy(logits[b, t], batch.ids[b, t + 1]) for b, t in pairs]
+    logits = logits_at(net, ids, mask)
+    pairs = [(b, t) for b in range(3) for t in range(5) if mask[b, t + 1]]
+    terms = [F.cross_entropy(logits[b, t], ids[b, t + 1]) for b, t in pairs]
     torch.testing.assert_close(score.loss, torch.stack(terms).sum())
     assert score.scored == len(pairs) == 5 + 0 + 3
 
@@ -71,19 +163,27 @@ def test_causal_scores_the_next_real_token(mixer):
 @pytest.mark.parametrize("mixer", ["lru", "attention"])
 def test_a_causal_model_cannot_see_its_target(mixer):
     net, batch = make(False, mixer)
-    before = net.tokens(batch.ids, batch.mask)[0, :3]
-    changed = batch.ids.clone()
+    ids, mask = batch.first
+    before = logits_at(net, ids, mask)[0, :3]
+    changed = ids.clone()
     changed[0, 3:] = 2
-    torch.testing.assert_close(net.tokens(changed, batch.mask)[0, :3], before)
+    torch.testing.assert_close(logits_at(net, changed, mask)[0, :3], before)
 
 
 def test_one_token_sequences_have_nothing_to_predict():
     net, _ = make(False)
-    batch = Batch(torch.tensor([[3]]), torch.tensor([[True]]), torch.tensor([0]))
+    batch = Batch(Side(torch.tensor([[3]]), None), None, torch.tensor([0]))
     assert causal_denoising(net, batch).scored == 0
 
 
+def test_r2_of_the_mean_is_zero_and_of_the_truth_one():
+    y = np.random.default_rng(0).normal(2, 3, 1000)
+    for guess, expected in ((y, 1.0), (np.full(1000, y.mean()), 0.0)):
+        sums = [0.0, 1000, 0, 0, 0, float(((y - guess) ** 2).sum()), float(y.sum()), float((y**2).sum())]
+        assert measures(sums, "r2")["r2"] == pytest.approx(expected, abs=1e-9)
+
+
 def test_a_classifier_has_no_denoising_head():
-    net, batch = make(True)
+    net, batch = make(True, denoise=False)
     with pytest.raises(RuntimeError, match="without a denoising head"):
-        Net(net.body, 16).tokens(batch.ids, batch.mask)
+        causal_denoising(net, batch)

@@ -9,6 +9,8 @@ from torch import Tensor
 from linrnn.models import SequenceClassifier
 from linrnn.models.classifier import POOLINGS, pool
 
+POOLED = [pooling for pooling in POOLINGS if pooling != "none"]
+
 V = 11
 
 
@@ -25,7 +27,7 @@ def test_shapes() -> None:
     assert make(two_inputs=True)(tokens, None, torch.randint(V, (2, 9))).shape == (2, 3)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", POOLED)
 @pytest.mark.parametrize("mixer", ["lru", "attention"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("reals", [False, True])
@@ -40,6 +42,18 @@ def test_padding_changes_nothing(pooling: str, mixer: str, bidirectional: bool, 
         expected = torch.cat([model(x[row, mask[row]][None]) for row in range(3)])
         x[~mask] = torch.nan if reals else -100  # what stands at padded places is not even looked at
         torch.testing.assert_close(model(x, mask), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_without_pooling_every_token_is_classified(bidirectional: bool) -> None:
+    model = make(pooling="none", bidirectional=bidirectional)
+    x, mask = torch.randint(V, (3, 9)), torch.rand(3, 9) < 0.5
+    logits = model(x, mask)
+    assert logits.shape[:2] == (3, 9)
+    for row in range(3):
+        torch.testing.assert_close(logits[row, mask[row]], model(x[row, mask[row]][None])[0])
+    with pytest.raises(ValueError, match="one vector per sequence for two inputs"):
+        make(pooling="none", two_inputs=True)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "max"])
@@ -62,7 +76,7 @@ def test_mean_of_many_half_precision_features() -> None:
         torch.testing.assert_close(pool(h, m, "mean"), h[:, 0], rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", POOLED)
 @pytest.mark.parametrize("mixer", ["lru", "attention"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_rows_without_real_tokens(pooling: str, mixer: str, bidirectional: bool) -> None:
@@ -118,7 +132,7 @@ def test_compiles_without_breaks() -> None:
         ({"d_input": 5}, "vocab_size, d_input: expected exactly one .* got 11, 5"),
         ({"vocab_size": 0}, "vocab_size: expected an integer >= 1, got 0"),
         ({"vocab_size": None, "d_input": 0}, "d_input: expected an integer >= 1, got 0"),
-        ({"pooling": "sum"}, "pooling: expected one of mean, last, max, cls, got 'sum'"),
+        ({"pooling": "sum"}, "pooling: expected one of mean, last, max, cls, none, got 'sum'"),
         ({"max_length": 0}, "max_length: expected an integer >= 1, got 0"),
         ({"mixer": "gru"}, "no layer is called 'gru'"),
     ],
