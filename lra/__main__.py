@@ -7,16 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from lra.config import Budget, Cell, Model, Objective, Optim, Regime
+from lra.config import Budget, Cell, Compute, Model, Objective, Optim, Regime
 from lra.data import CacheError
-from lra.sweep import SweepError
+from lra.failures import explain
+from lra.launch import LaunchError, Place, Slurm
+from lra.presets import PLACES
+from lra.sweep import How, Launcher, Plan, SweepError, Unfinished
 
 LISTOPS = {"name": "listops"}
 Accelerator = Literal["auto", "cpu", "gpu"]
 
 
 def tasks(cache_dir: str | None = None) -> None:
-    """List the tasks, their reference accuracy by chance, whether the data is here, and the presets.
+    """List the tasks, their accuracy by chance, their size, whether the data is here, and the presets.
 
     Args:
         cache_dir: folder of the data sets; null: $LRA_CACHE or the user's cache.
@@ -27,19 +30,26 @@ def tasks(cache_dir: str | None = None) -> None:
 
 
 def data(
-    task: dict[str, Any] = LISTOPS, cache_dir: str | None = None, workers: int | None = None, force: bool = False
+    task: dict[str, Any] = LISTOPS,
+    cache_dir: str | None = None,
+    data_dir: str | None = None,
+    workers: int | None = None,
+    force: bool = False,
+    picture: str | None = None,
 ) -> None:
     """Make a task's data, or check what is cached: `lra data listops`.
 
     Args:
         task: name and options of the task.
         cache_dir: folder of the data sets; null: $LRA_CACHE or the user's cache.
+        data_dir: folder of the source files of a task on real data; null: the Hugging Face hub.
         workers: parallel workers; null: one per core. The data do not depend on it.
         force: generate again, replacing what is cached.
+        picture: a PNG file to write examples to, of tasks with images.
     """
     from lra.listing import show_data
 
-    show_data(task, cache_dir, workers, force)
+    show_data(task, cache_dir, data_dir, workers, force, picture)
 
 
 def run(
@@ -47,12 +57,16 @@ def run(
     model: Model = Model(),  # noqa: B008
     optim: Optim = Optim(),  # noqa: B008
     budget: Budget = Budget(),  # noqa: B008
+    compute: Compute = Compute(),  # noqa: B008
     regime: Regime = "scratch",
     objective: Objective = "auto",
     seed: int = 0,
     runs_dir: str = "runs",
     cache_dir: str | None = None,
+    data_dir: str | None = None,
     accelerator: Accelerator = "auto",
+    devices: int = 1,
+    nodes: int = 1,
     threads: int | None = None,
 ) -> None:
     """Train one cell, or go on with it: `lra run listops lru masked --seed 1`.
@@ -62,21 +76,34 @@ def run(
         model: the network.
         optim: the optimiser.
         budget: steps, labels, evaluations.
+        compute: precision and compilation.
         regime: scratch, pretrain, or finetune (which finds, or first runs, its pretrain cell).
         objective: what pretraining does; auto: masked for bidirectional models, causal for the others.
         seed: of initialisation, batches, noise and dropout.
         runs_dir: folder of the results.
         cache_dir: folder of the data sets; null: $LRA_CACHE or the user's cache.
+        data_dir: folder of the source files of a task on real data; null: the Hugging Face hub.
         accelerator: where to train.
+        devices: GPUs, or processes on a CPU, of each node that share every batch.
+        nodes: machines; under SLURM or torchrun, which start the processes.
         threads: threads of torch; null: its own choice. Bit-identical results need the same number.
     """
-    from lra.cell import run_cell
+    from lra.launch import compute as compute_cell
     from lra.listing import show_result
 
-    cell = Cell(task, model, optim, budget, regime, objective, seed)
+    cell = Cell(
+        task=task,
+        model=model,
+        optim=optim,
+        budget=budget,
+        compute=compute,
+        regime=regime,
+        objective=objective,
+        seed=seed,
+    )
     cell.key  # noqa: B018  (a bad task is refused before torch is imported)
-    _threads(threads)
-    show_result(run_cell(cell, runs_dir, cache_dir=cache_dir, accelerator=accelerator), Path(runs_dir) / cell.key)
+    place = Place(cache_dir, data_dir, accelerator, devices, nodes, threads)
+    show_result(compute_cell(cell, runs_dir, place), Path(runs_dir) / cell.key)
 
 
 def sweep(
@@ -84,46 +111,75 @@ def sweep(
     model: Model = Model(),  # noqa: B008
     optim: Optim = Optim(),  # noqa: B008
     budget: Budget = Budget(),  # noqa: B008
+    compute: Compute = Compute(),  # noqa: B008
     objective: Objective = "auto",
+    preset: str | None = None,
     mixers: list[str] = ["lru", "attention"],  # noqa: B006
-    regimes: list[Regime] = ["scratch", "finetune"],  # noqa: B006
+    regimes: list[Regime] | None = None,
+    shares: list[float] | None = None,
+    scales: list[float] | None = None,
     seeds: list[int] = [0, 1, 2],  # noqa: B006
     lrs: list[float] | None = None,
+    choose: Literal["lr"] | None = None,
     match: bool = True,
+    launcher: Launcher = "local",
+    slurm: Slurm = Slurm(),  # noqa: B008
     jobs: int = 1,
+    minutes: float | None = None,
     dry_run: bool = False,
     runs_dir: str = "runs",
     cache_dir: str | None = None,
+    data_dir: str | None = None,
     accelerator: Accelerator = "auto",
+    devices: int = 1,
+    nodes: int = 1,
     threads: int | None = None,
-) -> None:
-    """Run a grid of cells: `lra sweep listops --mixers lru,attention --seeds 0,1,2 --dry-run`.
+) -> Plan:
+    """Run a grid of cells on one or several tasks: `lra sweep listops image --mixers lru,attention --dry-run`.
+
+    Presets that name a task multiply, all others hold for every task. What is done is not computed again: the same
+    command goes on after an error, an interruption, or the end of its minutes.
 
     Args:
         task: name and options of the task.
         model: the network; `mixers` replaces its mixer.
         optim: the optimiser; `lrs` replaces its lr.
         budget: steps, labels, evaluations.
+        compute: precision and compilation.
         objective: what pretraining does; auto: masked for bidirectional models, causal for the others.
-        mixers: models of the grid.
-        regimes: regimes of the grid.
+        preset: a whole sweep of configs/sweep, such as gpu-short; its name among the presets means the same.
+        mixers: models of the grid: presets of configs/model, or names of layers.
+        regimes: regimes of the grid; null: scratch and finetune.
+        shares: in place of regimes, shares of the steps spent on pretraining, such as 0,0.2,0.4,0.6; 0 is scratch.
+        scales: shares of the training rows, such as 0.01,0.1,1; null: budget.data alone.
         seeds: seeds of the grid.
         lrs: learning rates of the grid; null: optim.lr alone.
+        choose: lr: try `lrs` with the first seed, keep the best on validation for each model and phase, run the seeds.
         match: widen or narrow the other mixers until their parameters match the first one's within 10 %.
-        jobs: cells run at the same time, each in its own process.
+        launcher: local: processes of this machine; slurm: a job array, which goes on without this program.
+        slurm: what a job of the array asks for.
+        jobs: cells run at the same time by the local launcher, each in its own process.
+        minutes: stop after so many, saving the running cell, with exit code 75 if anything is left to do.
         dry_run: print the cells and run nothing.
         runs_dir: folder of the results.
         cache_dir: folder of the data sets; null: $LRA_CACHE or the user's cache.
+        data_dir: folder of the source files of tasks on real data; null: the Hugging Face hub.
         accelerator: where to train.
+        devices: GPUs, or processes on a CPU, of each node that share every batch.
+        nodes: machines; under SLURM.
         threads: threads of torch per job; null: the cores shared between the jobs.
-    """
-    from lra.sweep import grid, run_sweep
 
-    base = Cell(task, model, optim, budget, "scratch", objective)
-    cells = grid(base, mixers=mixers, regimes=regimes, seeds=seeds, lrs=lrs or [optim.lr], match=match)
-    run_sweep(
-        cells, runs_dir, cache_dir=cache_dir, accelerator=accelerator, jobs=jobs, threads=threads, dry_run=dry_run
-    )
+    Returns:
+        The cells of one task and how to run them; `main` runs those of all tasks together.
+    """
+    from lra.sweep import grid
+
+    place = Place(cache_dir, data_dir, accelerator, devices, nodes, threads)
+    how = How(place, launcher, slurm, jobs, minutes, dry_run)
+    base = Cell(task=task, model=model, optim=optim, budget=budget, compute=compute, objective=objective)
+    axes = {"mixers": mixers, "regimes": regimes, "shares": shares, "scales": scales, "seeds": seeds}
+    cells = grid(base, **axes, lrs=[optim.lr] if lrs is None else lrs, match=match)  # type: ignore[arg-type]
+    return Plan(cells, how, runs_dir, choose)
 
 
 def report(runs_dir: str = "runs", out: str | None = None) -> None:
@@ -145,18 +201,20 @@ def report(runs_dir: str = "runs", out: str | None = None) -> None:
 def params(
     task: dict[str, Any] = LISTOPS,
     model: Model = Model(),  # noqa: B008
-    mixers: list[str] = ["lru", "attention"],  # noqa: B006
+    mixers: list[str] | None = None,
+    both: bool = False,
 ) -> None:
-    """Count parameters, and find the widths at which the mixers match the first one's: `lra params listops lru`.
+    """Count parameters, and find the widths at which the mixers match the model's: `lra params listops`.
 
     Args:
         task: name and options of the task.
-        model: the network; `mixers` replaces its mixer.
-        mixers: what to compare.
+        model: the network whose size is matched; `mixers` replaces its mixer.
+        mixers: what to compare with it: presets of configs/model, or names of layers; null: every preset.
+        both: print two tables, of models that see both sides and of models that see only the past.
     """
     from lra.listing import show_params
 
-    show_params(task, model, mixers)
+    show_params(task, model, mixers, both)
 
 
 def quick(
@@ -183,12 +241,13 @@ def quick(
 
 COMMANDS = {f.__name__: f for f in (tasks, data, run, sweep, report, params, quick)}
 TAKES_PRESETS = ("data", "run", "sweep", "params")
-LISTS = ("--mixers", "--regimes", "--seeds", "--lrs")
+UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h: try again
+LISTS = ("--mixers", "--regimes", "--shares", "--scales", "--seeds", "--lrs")
 # What a subcommand takes of a file that describes a whole run.
 SECTIONS = {
-    "data": ("task", "cache_dir"),
+    "data": ("task", "cache_dir", "data_dir"),
     "params": ("task", "model"),
-    "sweep": ("task", "model", "optim", "budget", "objective", "runs_dir", "cache_dir", "accelerator", "threads"),
+    "sweep": ("task", "model", "optim", "budget", "compute", "objective", *PLACES),
 }
 DESCRIPTION = """The Long Range Arena with pretraining.
 Presets (`lra tasks` lists them) or YAML files come first, in the order in which they are merged; flags override them:
@@ -204,16 +263,16 @@ def _threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def prepare(argv: list[str]) -> list[str]:
-    """Rewrites what a person types into what jsonargparse takes.
+def prepare(argv: list[str]) -> list[list[str]]:
+    """Rewrites what a person types into what jsonargparse takes; of a sweep over several tasks, once per task.
 
     `lra run listops lru --config my.yaml --dry-run --seeds 0,1` becomes one merged `--config` (so that flags override
     files wherever they stand), `--dry_run=true` and `--seeds=[0,1]`.
     """
     if not argv or argv[0] not in COMMANDS:
-        return argv
+        return [argv]
     command, rest = argv[0], argv[1:]
-    names: list[str] = []
+    names: list[tuple[str, bool]] = []  # files in order; whether one that names a task adds it to a sweep
     flags: list[str] = []
     i = 0
     while i < len(rest):
@@ -225,7 +284,7 @@ def prepare(argv: list[str]) -> list[str]:
                     raise ValueError(f"report takes one folder, searched at any depth; got a second one, {word!r}")
                 flags.append(f"--runs_dir={word}")
             elif command in TAKES_PRESETS:
-                names.append(word)
+                names.append((word, True))
             else:
                 flags.append(word)
             continue
@@ -243,22 +302,31 @@ def prepare(argv: list[str]) -> list[str]:
             else:
                 value = "true"
         if flag == "--config":
-            names.append(value)
+            names.append((value, False))
         elif flag in LISTS and not value.startswith("["):
             flags.append(f"{flag}=[{value}]")
         else:
             flags.append(f"{flag}={value}")
+            if flag == "--preset" and command == "sweep":
+                names.append((value, True))
     if not names:
-        return [command, *flags]
-    from lra.presets import read
+        return [[command, *flags]]
+    from lra.presets import read, read_sweep
 
-    config = read(names)
-    kept = {k: v for k, v in config.items() if k in SECTIONS.get(command, config)}
-    return [command, f"--config={json.dumps(kept)}", *flags]
+    options: dict[str, Any] = {}
+    configs = [read([name for name, _ in names])] if command != "sweep" else []
+    if command == "sweep":
+        options, configs = read_sweep(names)
+    given_options = [f"--{key}={json.dumps(value)}" for key, value in options.items()]
+    lines = []
+    for config in configs:
+        kept = {k: v for k, v in config.items() if k in SECTIONS.get(command, config)}
+        lines.append([command, f"--config={json.dumps(kept)}", *given_options, *flags])
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of `lra`; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Entry point of `lra`; returns the exit code: 0, 2 for bad input, 75 for a sweep out of time, 130 after Ctrl-C."""
     from lra.interrupt import Interrupted
 
     given = sys.argv[1:] if argv is None else argv
@@ -267,25 +335,33 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"lra, linrnn {version('linrnn')}")
         return 0
+    again = f"To go on, run the same command again:\n  lra {shlex.join(given)}"
     try:
         from lra.parser import parse_and_call
 
-        parse_and_call(COMMANDS, prepare(given), DESCRIPTION)
+        returned = [parse_and_call(COMMANDS, line, DESCRIPTION) for line in prepare(given)]
+        if given and given[0] == "sweep":
+            from lra.sweep import run_plans
+
+            run_plans(returned)
+    except Unfinished as stop:
+        print(f"\nlra: unfinished: {stop}. {again}", file=sys.stderr)
+        return UNFINISHED
     except Interrupted as stop:
-        print(f"\nlra: {stop}. To go on, run the same command again:\n  lra {shlex.join(given)}", file=sys.stderr)
+        print(f"\nlra: {stop}. {again}", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
-        print(f"\nlra: interrupted. To go on, run the same command again:\n  lra {shlex.join(given)}", file=sys.stderr)
+        print(f"\nlra: interrupted. {again}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         if error.name in ("jsonargparse", "lightning", "datasets", "rich", "matplotlib", "yaml", "numpy"):
             print(f"lra: {error.name} is not installed: pip install 'linrnn[lra]'", file=sys.stderr)
             return 2
         raise
-    except (ValueError, FloatingPointError, OSError, CacheError, SweepError) as error:
+    except (ValueError, FloatingPointError, OSError, CacheError, SweepError, LaunchError) as error:
         if os.environ.get("LRA_TRACEBACK"):
             raise
-        print(f"lra: error: {error}", file=sys.stderr)
+        print(f"lra: error: {error if isinstance(error, SweepError) else explain(error)}", file=sys.stderr)
         return 2
     return 0
 

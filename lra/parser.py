@@ -42,13 +42,13 @@ class Parser(ArgumentParser):
         return f"; allowed: {', '.join(allowed)}" if allowed else ""
 
 
-def parse_and_call(commands: Any, argv: list[str], description: str) -> None:
-    """Parses `argv` and calls the function of its subcommand in `commands` (name to function).
+def parse_and_call(commands: Any, argv: list[str], description: str) -> Any:
+    """Parses `argv`, calls the function of its subcommand in `commands` (name to function), returns what it returns.
 
     Bad arguments exit with code 2.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    auto_cli(
+    return auto_cli(
         commands,
         args=argv,
         as_positional=False,

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lra.__main__ import COMMANDS, main, prepare
-from lra.presets import presets, read
+from lra.presets import configs_dir, presets, read
 
 
 def refused(capsys, *argv: str) -> str:
@@ -67,13 +67,81 @@ def test_prepare_merges_files_and_normalises_flags(tiny_yaml, tmp_path):
         "--jobs",
         "2",
     ]
-    command, config, *flags = prepare(words)
+    [[command, config, *flags]] = prepare(words)
     assert command == "sweep"
     merged = json.loads(config.removeprefix("--config="))
     assert merged["optim"] == {"batch_size": 8, "lr": 0.5}
     assert merged["model"] == {"d_model": 16, "n_layers": 1, "dropout": 0.1, "mixer": "attention"}
     assert flags == ["--dry_run=true", "--seeds=[0,1]", "--optim.lr=0.25", "--jobs=2"]
-    assert prepare(["report", "somewhere"]) == ["report", "--runs_dir=somewhere"]
+    assert prepare(["report", "somewhere"]) == [["report", "--runs_dir=somewhere"]]
+
+
+def merged(line: list[str]) -> dict:
+    return json.loads(line[1].removeprefix("--config="))
+
+
+def test_presets_that_name_a_task_multiply_in_a_sweep(tiny_yaml, tmp_path):
+    """All other files hold for every task; `--config` never multiplies; elsewhere the later task replaces."""
+    wide = tmp_path / "wide.yaml"
+    wide.write_text("model: {d_model: 32}\n")
+    first, second = map(merged, prepare(["sweep", "masked", tiny_yaml, str(wide), "listops_quick"]))
+    assert first["task"]["n_train"] == 60 and second["task"]["n_train"] == 30000
+    assert first["model"] == {"bidirectional": True, "d_model": 32, "n_layers": 1, "dropout": 0.1}
+    assert second["model"]["d_model"] == 32 and second["model"]["n_layers"] == 2
+    [both] = prepare(["sweep", tiny_yaml, "--config", "listops_quick"])
+    assert merged(both)["task"]["n_train"] == 30000
+    assert len(prepare(["run", tiny_yaml, "listops_quick"])) == 1
+
+
+def test_a_sweep_preset_is_presets_and_options_that_flags_override(tiny_yaml, tmp_path):
+    sweep = tmp_path / "mine.yaml"
+    section = {"presets": [tiny_yaml, "listops_quick"], "mixers": ["lru"], "seeds": [0, 1], "minutes": 5}
+    sweep.write_text(yaml.safe_dump({"sweep": section, "optim": {"lr": 0.5}}))
+    for words in (["sweep", str(sweep)], ["sweep", "--preset", str(sweep)]):
+        lines = prepare([*words, "--seeds", "3"])
+        assert [merged(line)["task"]["n_train"] for line in lines] == [60, 30000]
+        for line in lines:
+            assert merged(line)["optim"]["lr"] == 0.5
+            assert {'--mixers=["lru"]', "--seeds=[0, 1]", "--minutes=5"} == set(line[2:5]) and line[-1] == "--seeds=[3]"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sweep: {mixerz: [lru]}", "unknown key 'sweep.mixerz'; allowed: sweep.presets"),
+        ("sweep: [lru]", "sweep must be a mapping"),
+        ("sweep: {presets: listops}", "sweep.presets must be a list of presets"),
+        ("sweep: {presets: [gpu-short]}", "lists another sweep"),
+    ],
+)
+def test_bad_sweep_presets_are_refused(tmp_path, capsys, text, expected):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert expected in refused(capsys, "sweep", str(path))
+
+
+@pytest.mark.parametrize("name", presets("sweep"))
+def test_the_sweeps_of_the_library_are_plans(name, capsys, tmp_path):
+    assert main(["sweep", name, "--dry-run", "--runs-dir", str(tmp_path), "--match", "false"]) == 0
+    assert "0 of them done" in capsys.readouterr().out
+
+
+def test_one_sweep_of_two_tasks(tiny_yaml, cache_dir, tmp_path, capsys):
+    other = tmp_path / "other.yaml"
+    tiny = yaml.safe_load(Path(tiny_yaml).read_text())
+    other.write_text(yaml.safe_dump({**tiny, "task": {**tiny["task"], "max_depth": 4}}))
+    argv = ["sweep", tiny_yaml, str(other), "--mixers", "lru", "--regimes", "scratch", "--seeds", "0", "--cache-dir"]
+    assert main([*argv, cache_dir, "--runs-dir", str(tmp_path / "runs"), "--accelerator", "cpu"]) == 0
+    assert "2 cells, 0 of them done" in capsys.readouterr().out
+    depths = [json.loads(p.read_text())["config"]["task"]["max_depth"] for p in tmp_path.rglob("result.json")]
+    assert sorted(depths) == [3, 4]
+
+
+def test_a_sweep_out_of_time_says_so_and_exits_with_75(tiny_yaml, cache_dir, tmp_path, capsys):
+    argv = ["sweep", tiny_yaml, "--minutes", "1e-9", "--runs-dir", str(tmp_path), "--cache-dir", cache_dir]
+    assert main(argv) == 75
+    error = capsys.readouterr().err
+    assert "unfinished" in error and "0 of 18 cells are done" in error and f"lra sweep {tiny_yaml}" in error
 
 
 def test_flags_override_files_wherever_they_stand(tiny_yaml, monkeypatch):
@@ -104,6 +172,11 @@ def test_printed_configuration_runs_again(tiny_yaml, tmp_path, monkeypatch, caps
     assert main(["params", str(printed)]) == 0, "what a subcommand does not take is left aside"
 
 
+def test_no_two_presets_share_a_name():
+    files = [path.stem for path in configs_dir().rglob("*.yaml")]
+    assert len(set(files)) == len(files)
+
+
 def test_every_preset_is_a_valid_part_of_a_cell():
     from lra.config import cell_from_dict
 
@@ -111,6 +184,8 @@ def test_every_preset_is_a_valid_part_of_a_cell():
     assert {"listops", "listops_quick", "lru", "attention", "scratch", "masked", "causal"} <= set(names)
     for name, path in names.items():
         assert path.read_text().startswith("# lra "), f"{name}: a preset opens with the command that runs it"
+        if path.parent.name == "sweep":
+            continue
         cell_from_dict({"task": {"name": "listops"}, **read([name])}).plan()
 
 
@@ -144,7 +219,17 @@ def test_another_task_replaces_the_task_whole(tmp_path, tiny_yaml):
         (["run", "--regime", "warm"], ["scratch", "pretrain", "finetune", "warm"]),
         (["run", "--objective", "causal"], ["model.bidirectional"]),
         (["run", "--threads", "0"], ["threads must be at least 1"]),
+        (["run", "--devices", "0"], ["devices must be at least 1; got 0"]),
+        (["run", "gpu-short"], ["'gpu-short' is a sweep of several runs: lra sweep gpu-short"]),
+        (["run", "listops_quick", "--compute.precision", "64"], ["compute.precision", "bf16", "64"]),
         (["sweep", "listops_quick", "--mixers", "lru,gru"], ["gru", "attention"]),
+        (["sweep", "listops_quick", "--shares", "0,1.5"], ["pretrain_share", "1.5"]),
+        (["sweep", "listops_quick", "--scales", "2"], ["budget.data", "2"]),
+        (["sweep", "listops_quick", "--shares", "0.4", "--regimes", "scratch"], ["regimes or shares, not both"]),
+        (["sweep", "listops_quick", "--launcher", "slrum"], ["launcher", "slurm", "slrum"]),
+        (["sweep", "listops_quick", "--launcher", "slurm", "--minutes", "9"], ["--slurm.time"]),
+        (["sweep", "listops_quick", "--slurm.gpus", "-1"], ["slurm.gpus must be at least 0"]),
+        (["params", "listops_quick", "--mixers", "gru"], ["gru", "attention"]),
         (["sweep", "listops_quick", "--seeds", ""], ["seeds"]),
         (["report", "a", "b"], ["report takes one folder", "'b'"]),
         (["report", "no_such_folder"], ["no folder 'no_such_folder'"]),
@@ -174,6 +259,11 @@ def test_bad_keys_in_a_file_name_the_file(tmp_path, capsys):
         path.write_text(text)
         error = refused(capsys, "run", str(path))
         assert "bad.yaml" in error and expected in error, error
+
+
+def test_a_picture_of_what_has_none_is_refused(tiny_yaml, cache_dir, capsys):
+    error = refused(capsys, "data", tiny_yaml, "--cache-dir", cache_dir, "--picture", "p.png")
+    assert "task 'listops' has no picture" in error
 
 
 def test_a_corrupted_cache_is_named_with_the_cure(tiny_yaml, tmp_path, capsys):
