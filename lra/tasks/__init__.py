@@ -9,6 +9,8 @@ from lra.tasks.images import Image, PSMnist, SCifar, SMnist
 from lra.tasks.induction_heads import InductionHeads
 from lra.tasks.listops import ListOps
 from lra.tasks.mqar import MQAR
+from lra.tasks.retrieval import Retrieval
+from lra.tasks.retrieval_imdb import RetrievalIMDB
 from lra.tasks.selective_copying import SelectiveCopying
 from lra.tasks.state_tracking import Parity, Permutations
 from lra.tasks.text import Text
@@ -23,6 +25,8 @@ TASKS: dict[str, type[Task]] = {
     "psmnist": PSMnist,
     "digits": Digits,
     "text": Text,
+    "retrieval": Retrieval,
+    "retrieval_imdb": RetrievalIMDB,
     "mqar": MQAR,
     "selective_copying": SelectiveCopying,
     "induction_heads": InductionHeads,

@@ -52,10 +52,13 @@ def read_source(task: RealTask, data_dir: Path | None, columns: dict[str, str]) 
     Raises:
         SourceError: no network, no files, a damaged file, or another schema.
     """
+    from lra.tasks.in_memory import in_memory
+
     if data_dir is None:
-        return {split: _checked(table, columns, where) for split, (table, where) in _from_hub(task).items()}
-    files = find_files(task, data_dir)
-    return {split: _read(paths, columns) for split, paths in files.items()}
+        tables = {split: _checked(table, columns, where) for split, (table, where) in _from_hub(task).items()}
+    else:
+        tables = {split: _read(paths, columns) for split, paths in find_files(task, data_dir).items()}
+    return {split: in_memory(table) for split, table in tables.items()}
 
 
 def describe_source(task: RealTask, data_dir: Path | None) -> dict[str, Any]:
@@ -124,29 +127,29 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     return paths
 
 
-def _read(paths: Sequence[Path], columns: dict[str, str]) -> Dataset:
-    import datasets
+def _read(paths: Sequence[Path], columns: dict[str, str]) -> pa.Table:
     import pyarrow as pa
 
-    parts = [_checked(read_parquet(path), columns, path).with_format("arrow")[:] for path in paths]
-    return datasets.Dataset(pa.concat_tables(parts))
+    return pa.concat_tables([read_columns(path, columns) for path in paths])
 
 
-def read_parquet(path: Path) -> pa.Table:
-    """Reads a parquet file.
+def read_columns(path: Path, columns: dict[str, str]) -> pa.Table:
+    """Reads columns of a parquet file; see `read_source`.
 
     Raises:
-        SourceError: it is none, or truncated or damaged.
+        SourceError: it is none, truncated or damaged, or of another schema.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True).read()
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+        table.validate(full=True)  # also that strings are UTF-8
     except (pa.ArrowException, OSError) as error:
         raise SourceError(
             f"{path} cannot be read as parquet, it may be truncated or damaged; fetch it again ({_one_line(error)})"
         ) from error
+    return _checked(table, columns, path)
 
 
 def _from_hub(task: RealTask) -> dict[str, tuple[pa.Table, str]]:
@@ -166,9 +169,8 @@ def _from_hub(task: RealTask) -> dict[str, tuple[pa.Table, str]]:
     }
 
 
-def _checked(table: pa.Table, columns: dict[str, str], where: Path | str) -> Dataset:
+def _checked(table: pa.Table, columns: dict[str, str], where: Path | str) -> pa.Table:
     """Returns the asked columns alone, each in the type of its kind."""
-    import datasets
     import pyarrow as pa
 
     checked = {}
@@ -188,7 +190,7 @@ def _checked(table: pa.Table, columns: dict[str, str], where: Path | str) -> Dat
         checked[allowed[0]] = column
     if table.num_rows == 0:
         raise SourceError(f"{where} has no rows")
-    return datasets.Dataset(pa.table(checked))
+    return pa.table(checked)
 
 
 def _values(column: pa.ChunkedArray, kind: str) -> pa.ChunkedArray | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lra.checks import check
 from lra.tasks.base import SPLITS, Ids, Task
-from lra.tasks.text_encoding import INPUTS, Encoding
+from lra.tasks.vocabularies import INPUTS, Encoding
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,18 +75,18 @@ class Text(Task):
         Raises:
             ValueError: the source cannot be read, or holds fewer reviews than asked for.
         """
-        import datasets
         import numpy as np
         import pyarrow as pa
 
         from lra.tasks.draws import permutation
+        from lra.tasks.in_memory import in_memory
         from lra.tasks.sources import read_source
         from lra.tasks.text_encoding import encode
 
-        source = {split: _rows(rows, split) for split, rows in read_source(self, data_dir, COLUMNS).items()}
+        source = {split: reviews_of(rows, split) for split, rows in read_source(self, data_dir, COLUMNS).items()}
         order = _hold_out(source["train"][0], self.seed)
         order["test"] = permutation(len(source["test"][0]), self.seed, 1)
-        splits = {}
+        splits: dict[str, Dataset] = {}
         for split in SPLITS:
             n = getattr(self, f"n_{split}")
             index = order[split][:n]
@@ -100,7 +100,7 @@ class Text(Task):
                 "index": pa.array(index.astype(np.int32)),
                 "origin": pa.array(np.full(len(index), origin, np.uint8)),
             }
-            splits[split] = datasets.Dataset(pa.table(columns))
+            splits[split] = in_memory(pa.table(columns))
         return splits
 
     def source(self, data_dir: Path | None) -> dict[str, Any]:
@@ -109,7 +109,12 @@ class Text(Task):
         return describe_source(self, data_dir)
 
 
-def _rows(rows: Dataset, split: str) -> tuple[list[str], np.ndarray]:
+def reviews_of(rows: Dataset, split: str) -> tuple[list[str], np.ndarray]:
+    """Returns texts and labels of a split of the source.
+
+    Raises:
+        ValueError: a label is neither 0 nor 1; its row is named.
+    """
     import numpy as np
 
     from lra.tasks.base import column

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from lra.tasks import build_task
 from lra.tasks.sources import SourceError
 from lra.tasks.text import Text
-from lra.tasks.text_encoding import CHARACTERS, END, INPUTS, UNKNOWN, Tokens, decode, encode
+from lra.tasks.text_encoding import Tokens, decode, encode
+from lra.tasks.vocabularies import CHARACTERS, END, INPUTS, UNKNOWN
 
 texts = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=6)
 
