@@ -27,12 +27,14 @@ struct LinrnnPathfinderStamps {
   const uint8_t *ink, *mask, *dilated, *limit, *clear;  // (bars, 2 reach + 1, 32)
   const uint32_t* turn;                                 // (bars, candidates)
   const linrnn::pathfinder::Offset *candidate, *advance, *seed_head, *seed_pivot, *circle;
+  const uint8_t* seeded;                   // (360,)
   const uint8_t *border, *border_dilated;  // (canvas, canvas)
   const uint8_t* disc;                     // (2 reach + 1, 32)
 };
 
 struct LinrnnPathfinder {
   int64_t size, pad, margins, seed_distance, paddles, distractors, distractor_paddles;
+  int64_t every_direction;
   int64_t target, distractor, marker;  // brightness
   uint64_t seed;
   int64_t first, count, attempts;
@@ -84,6 +86,8 @@ class Generator {
   int side() const { return 2 * int(stamps_->reach) + 1; }
   bool inside(int y, int x) const { return y >= 0 && x >= 0 && y < size_ && x < size_; }
   const uint8_t* stamp(const uint8_t* table, int i) const { return table + size_t(i) * side() * STRIDE; }
+
+  bool usable(int degree) const { return args_.every_direction || stamps_->seeded[degree]; }
 
   bool fits(const uint8_t* limits, const Bar& bar) const {
     const uint8_t *limit = stamp(limits, bar.stamp), *row = taken_.data() + corner(bar);
@@ -140,10 +144,11 @@ class Generator {
   }
 
   bool pair(Chain (&chains)[2], Stream& random) {
-    std::memcpy(taken_.data(), stamps_->border, area());
-    std::memcpy(near_.data(), stamps_->border_dilated, area());
     const int margin = 2 * int(args_.seed_distance), room = size_ - 2 * margin, n = int(args_.paddles);
     const int degree = random.below(SEEDS);
+    if (!usable(degree)) return false;
+    std::memcpy(taken_.data(), stamps_->border, area());
+    std::memcpy(near_.data(), stamps_->border_dilated, area());
     const int y = margin + random.below(room), x = margin + random.below(room);
     begin(chains[0], y, x, degree);
     for (int draw = 0;; ++draw) {
@@ -174,6 +179,7 @@ class Generator {
   bool distract(Bar* bars, Stream& random) {
     Chain chain;
     const int degree = random.below(SEEDS);
+    if (!usable(degree)) return false;
     for (int place = 0;; ++place) {
       if (place == PLACES) return false;
       const int y = random.below(size_), x = random.below(size_);

@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 TABLES = (
     *("ink", "mask", "dilated", "limit", "clear", "turn", "candidate", "advance", "seed_head", "seed_pivot", "circle"),
-    *("border", "border_dilated", "disc"),
+    *("seeded", "border", "border_dilated", "disc"),
 )
 NUMBERS = (
     *("size", "pad", "margins", "seed_distance", "paddles", "distractors", "distractor_paddles"),
-    *("target", "distractor", "marker", "seed", "first", "count", "attempts"),
+    *("every_direction", "target", "distractor", "marker", "seed", "first", "count", "attempts"),
 )
 OUTPUTS = ("images", "labels", "margin", "bars", "marked", "tried")
 
 
 class _Stamps(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_int64) for name in ("margin", "reach", "candidates")),
         *((name, ctypes.c_void_p) for name in TABLES),
     ]
 
 
 class _Arguments(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_uint64 if name == "seed" else ctypes.c_int64) for name in NUMBERS),
         *((name, ctypes.c_void_p) for name in OUTPUTS),
     ]

@@ -9,6 +9,7 @@ from lra.tasks.images import Image, PSMnist, SCifar, SMnist
 from lra.tasks.induction_heads import InductionHeads
 from lra.tasks.listops import ListOps
 from lra.tasks.mqar import MQAR
+from lra.tasks.pathfinder import Pathfinder, PathX, PathX256
 from lra.tasks.retrieval import Retrieval
 from lra.tasks.retrieval_imdb import RetrievalIMDB
 from lra.tasks.selective_copying import SelectiveCopying
@@ -27,6 +28,9 @@ TASKS: dict[str, type[Task]] = {
     "text": Text,
     "retrieval": Retrieval,
     "retrieval_imdb": RetrievalIMDB,
+    "pathfinder": Pathfinder,
+    "pathx": PathX,
+    "pathx256": PathX256,
     "mqar": MQAR,
     "selective_copying": SelectiveCopying,
     "induction_heads": InductionHeads,
