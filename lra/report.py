@@ -1,111 +1,89 @@
-"""The report of a folder of results: Markdown, CSV, a picture, and the same tables in the terminal."""
+"""The report of a folder of results: Markdown, one HTML page, CSV, pictures, and the tables in the terminal."""
 
 from pathlib import Path
 from typing import Any
 
 from lra.files import write_csv, write_text
-from lra.results import Group, Section, direction, highest_line, sections, standard_error
+from lra.groups import direction
+from lra.html import page
+from lra.overview import overviews
+from lra.results import Section, sections
+from lra.tables import Table
+from lra.task_tables import COSTS, introduction, task_tables
 
-WIDE = ("width x blocks", "steps", "tokens (M)", "Tflop")
+WIDE = frozenset({"width x blocks", *COSTS} - {"seconds"})
 
 
 def write_report(results: list[dict[str, Any]], out: Path) -> list[Path]:
-    """Writes report.md, report.csv and report.png to `out` and returns the paths.
+    """Writes report.md, report.html, report.csv and the pictures to `out` and returns the paths.
+
+    `report.png` shows all tasks, `report-<task>-<direction>.png` one; `report-shares.png` and `report-scales.png` are
+    written if the results have several shares of pretraining or of the data.
 
     Args:
         results: of cells, as `lra.results.load_results` reads them.
     """
-    from lra.plot import save_plot
+    from lra.plot import colours_of, save_axes, save_overview, save_section
 
     found = sections(results)
-    paths = [out / "report.md", out / "report.csv", out / "report.png"]
-    write_text(paths[0], "\n".join(markdown(section) for section in found) + "\n![accuracies](report.png)\n")
-    write_csv(paths[1], [flat(result) for result in results if "test" in result])
-    save_plot(found, paths[2])
-    return paths
+    names = slugs(found)
+    pictures = [out / "report.png", *save_axes(found, out), *(out / f"report-{slug}.png" for slug in names)]
+    save_overview(found, pictures[0])
+    for section, path in zip(found, pictures[-len(found) :], strict=True):
+        save_section(section, path, colours_of(found))
+
+    parts: list[tuple[str, list[str], list[Table], list[Path]]] = [
+        ("Overview", [], overviews(found), pictures[: -len(found)])
+    ]
+    for section, slug, path in zip(found, names, pictures[-len(found) :], strict=True):
+        parts.append((title(section), introduction(section), task_tables(section, slug), [path]))
+    text = "\n".join(markdown(*part) for part in parts)
+    paths = [out / "report.md", out / "report.html", out / "report.csv"]
+    write_text(paths[0], "# Long Range Arena: report\n\n" + text)
+    write_text(paths[1], page("Long Range Arena: report", parts))
+    rows = [flat(result) for result in results if "test" in result]
+    columns = dict.fromkeys(column for row in rows for column in row)  # tasks have rules and probes of their own
+    write_csv(paths[2], [{column: row.get(column, "") for column in columns} for row in rows])
+    return paths + pictures
 
 
 def show_report(results: list[dict[str, Any]]) -> None:
     """Prints the tables of a report, without the columns that would not fit into a terminal."""
-    from lra.listing import table
-
-    for section in sections(results):
-        columns, rows = accuracy_table(section)
-        kept = [i for i, column in enumerate(columns) if column not in WIDE]
-        table(section.title, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
-        table("Test accuracy (%) by length in tokens", *length_table(section))
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+    found = sections(results)
+    for table in overviews(found):
+        table.show()
+    for section, slug in zip(found, slugs(found), strict=True):
+        for table in task_tables(section, slug):
+            table.show(WIDE)
 
 
-def accuracy_table(section: Section) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: the groups, then the reference lines, in percent."""
-    varying = section.varying()
-    costs = ["steps", "tokens (M)", "Tflop", "seconds"]
-    columns = ["model", "regime", *varying, "accuracy %", "std", "seeds", "reaches", "width x blocks", "parameters"]
-    rows = []
-    for g in section.groups:
-        spent = [both(g, "steps"), both(g, "tokens", 1e6), both(g, "flops", 1e12), both(g, "seconds")]
-        std = "-" if g.std is None else percent(g.std)
-        found = [percent(g.mean), std, str(len(g.results)), highest_line(g.mean, section.lines)]
-        size = [g.size, f"{g.first['parameters']['total']:,}"]
-        rows.append([g.model, g.regime, *(get(g) for get in varying.values()), *found, *size, *spent])
-    empty = [""] * (len(varying) + 1)
-    rest = [""] * (5 + len(costs))
-    rows += [[f"({name})", *empty, percent(value), *rest] for name, value in section.lines.items()]
-    return columns + costs, rows
+def title(section: Section) -> str:
+    return section.title + (" (changed)" if section.changes else "")
 
 
-def both(group: Group, name: str, unit: float = 1.0) -> str:
-    """A cost, or `pretraining + fine-tuning`."""
-    parts = [part / unit for part in group.cost(name) if part]
-    return " + ".join(f"{part:,.0f}" if part >= 100 or unit == 1 else f"{part:.2g}" for part in parts)
+def slugs(found: list[Section]) -> list[str]:
+    """`listops-causal`, `listops-causal-2`: what files and links of the sections are called."""
+    names: list[str] = []
+    for section in found:
+        name, k = f"{section.name}-{section.direction}", 2
+        while name in names:
+            name, k = f"{section.name}-{section.direction}-{k}", k + 1
+        names.append(name)
+    return names
 
 
-def length_table(section: Section) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of accuracy by length."""
-    ranges = [name for name, _ in section.groups[0].by_length()]
-    varying = section.varying()
-    rows = [
-        [g.model, g.regime, *(get(g) for get in varying.values()), *(percent(a) for _, a in g.by_length())]
-        for g in section.groups
-    ]
-    return ["model", "regime", *varying, *ranges], rows
-
-
-def markdown(section: Section) -> str:
-    """One section of report.md."""
-    n = section.first["data"]["test"]["rows"]
-    changes = f"Not the task's defaults (in brackets): {', '.join(section.changes)}.\n" if section.changes else ""
-    worst = max(standard_error(g.mean, n) for g in section.groups)
-    machines = sorted({f"{r['device']}, torch {r['versions']['torch']}" for g in section.groups for r in g.results})
-    return f"""## {section.title}
-
-{changes}
-{markdown_table(*accuracy_table(section))}
-
-In brackets: rules that need no network, on the same {n:,} test sequences; `reaches` is the best of them that a mean
-accuracy is not below. std is over seeds; the standard error of one accuracy on this test split is {percent(worst)}
-points or less. Costs are pretraining + training on labels. Tflop are estimated: 6 per block parameter and token, and
-the pairs of softmax attention. The weights of the best validation accuracy are scored on the test split, once.
-Run on: {"; ".join(machines)}.
-
-### Test accuracy (%) by length in tokens
-
-{markdown_table(*length_table(section))}
-"""
-
-
-def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def markdown(title: str, texts: list[str], tables: list[Table], pictures: list[Path]) -> str:
+    """One part of report.md: its paragraphs, tables, and pictures below the first table."""
+    shown = [f"### {table.title}\n\n{table.markdown()}" for table in tables]
+    images = [f"![{path.stem}]({path.name})\n" for path in pictures]
+    return "\n".join([f"## {title}\n", *(f"{text}\n" for text in texts), *shown[:1], *images, *shown[1:]])
 
 
 def flat(result: dict[str, Any]) -> dict[str, Any]:
     """One line of report.csv: one cell."""
     config, before = result["config"], result.get("pretrain", {})
+    metric = before.get("metric", "")
+    spent = ("steps", "tokens", "flops", "seconds", "loader_seconds")
     return {
         "task": result["plan"]["task"]["name"],
         "direction": direction(result)[0],
@@ -115,15 +93,21 @@ def flat(result: dict[str, Any]) -> dict[str, Any]:
         "regime": config["regime"],
         "seed": config["seed"],
         "lr": config["optim"]["lr"],
+        "pretrain_share": config["budget"]["pretrain_share"] if before else 0.0,
+        "data": config["budget"]["data"],
+        "labels": result["data"]["train"]["rows"],
+        "encoding": result["encoding"],
         "test_accuracy": result["test"]["accuracy"],
-        "val_accuracy": result["val"]["accuracy"],
-        "pretrain_val_accuracy": before.get("val", {}).get("accuracy", ""),
+        "val_accuracy": result["val"][result["metric"]],
+        "pretrain_metric": metric,
+        "pretrain_val": before.get("val", {}).get(metric, ""),
         "parameters": result["parameters"]["total"],
         "parameters_blocks": result["parameters"]["blocks"],
-        **{f"{name}_pretrain": before.get(name, 0) for name in ("steps", "tokens", "flops", "seconds")},
-        **{name: result[name] for name in ("steps", "tokens", "flops", "seconds")},
-        **{f"line {name}": value for name, value in result["reference_lines"].items()},
+        **{f"{name}_pretrain": before.get(name, 0) for name in spent},
+        **{name: result[name] for name in spent},
         "device": result["device"],
         "commit": result["commit"],
         "key": result["key"],
+        **{f"shuffled {block}": value for block, value in result["test"]["shuffled"].items()},
+        **{f"line {name}": value for name, value in result["reference_lines"].items()},
     }

@@ -1,68 +1,16 @@
-"""Results of cells, grouped over seeds: what the report shows, without how it looks."""
+"""Results of cells in sections that may be compared: what the report shows, without how it looks."""
 
 import json
-import statistics
+from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lra.files import read_json
+from lra.groups import SETTINGS, Group, budget_of, direction, identity, mixer_of, model_names, setting
 
-
-@dataclass(frozen=True)
-class Group:
-    """The cells that differ in nothing but their seed."""
-
-    results: list[dict[str, Any]]
-
-    @property
-    def first(self) -> dict[str, Any]:
-        return self.results[0]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.first["config"]
-
-    @property
-    def model(self) -> str:
-        return self.config["model"]["mixer"]
-
-    @property
-    def regime(self) -> str:
-        """`scratch`, or what came before fine-tuning: `masked + finetune`."""
-        pretrained = "pretrain" in self.first
-        return f"{direction(self.first)[1]} + finetune" if pretrained else "scratch"
-
-    @property
-    def accuracies(self) -> list[float]:
-        return [result["test"]["accuracy"] for result in self.results]
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.accuracies)
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation over seeds, None of a single one."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
-
-    @property
-    def size(self) -> str:
-        model = self.config["model"]
-        return f"{model['d_model']} x {model['n_layers']}"
-
-    def cost(self, name: str) -> tuple[float, float]:
-        """Mean (pretraining, training on labels) of steps, tokens, flops or seconds."""
-        before = statistics.fmean(result.get("pretrain", {}).get(name, 0) for result in self.results)
-        return before, statistics.fmean(result[name] for result in self.results)
-
-    def by_length(self) -> list[tuple[str, float]]:
-        """(length range, mean accuracy) of the buckets of the test split."""
-        buckets = zip(*(result["test"]["by_length"] for result in self.results), strict=True)
-        return [
-            (f"{seeds[0]['min']} to {seeds[0]['max']}", statistics.fmean(b["accuracy"] for b in seeds))
-            for seeds in buckets
-        ]
+ARENA = ("listops", "text", "retrieval", "image", "pathfinder", "pathx", "pathx256")
 
 
 @dataclass(frozen=True)
@@ -78,80 +26,156 @@ class Section:
         return self.groups[0].first
 
     @property
+    def name(self) -> str:
+        return self.task["name"]
+
+    @property
     def lines(self) -> dict[str, float]:
         return self.first["reference_lines"]
 
     @property
     def title(self) -> str:
-        """Task, direction, and the options in which the task differs from its defaults."""
-        return f"{self.task['name']}, {self.direction}"
+        return f"{self.name}, {self.direction}"
 
-    @property
+    @cached_property
     def changes(self) -> list[str]:
         return task_changes(self.task)
 
+    @cached_property
+    def full_size(self) -> bool:
+        """Whether the task has the benchmark's data, all of it: published numbers compare with nothing else."""
+        _, data, labels = budget_of(self.main()[0])
+        return not task_changes(self.task, data_only=True) and data == 1 and labels is None
+
     def varying(self) -> dict[str, Any]:
-        """Settings in which the groups differ beside model and regime: {column: value of a group}."""
-        columns = {
-            "lr": lambda g: f"{g.config['optim']['lr']:g}",
-            "batch": lambda g: str(g.config["optim"]["batch_size"]),
-            "labels": lambda g: f"{g.first['data']['train']['rows']:,}",
-            "dropout": lambda g: f"{g.config['model']['dropout']:g}",
-        }
-        return {name: get for name, get in columns.items() if len({get(g) for g in self.groups}) > 1}
+        """Settings in which the groups differ beside model and regime: {column: text of a group's value}."""
+        names = dict.fromkeys(name for g in self.groups for name in g.settings)
+        columns = {}
+        for name in names:
+            if name == "model.mixer_kwargs":  # part of the model's name
+                continue
+            if len({json.dumps(g.settings[name]) for g in self.groups if name in g.settings}) > 1:
+                columns[SETTINGS.get(name, name)] = lambda g, name=name: setting(g, name)
+        return columns
+
+    def main(self) -> "tuple[Group, ...]":
+        """The groups of the section's main budget: the most data, then the steps and labels of most of the cells."""
+        most = max(g.data for g in self.groups)
+        cells = Counter({budget_of(g): 0 for g in self.groups if g.data == most})
+        for g in self.groups:
+            if g.data == most:
+                cells[budget_of(g)] += len(g.results)
+        chosen = max(cells, key=lambda b: (cells[b], b[0]))
+        return tuple(g for g in self.groups if budget_of(g) == chosen)
+
+    def main_share(self) -> float | None:
+        """The share of pretraining that most pretrained cells of the main budget have."""
+        shares: Counter[float] = Counter()
+        for g in self.main():
+            if g.pretrained:
+                shares[g.share] += len(g.results)
+        return max(shares, key=lambda s: (shares[s], s)) if shares else None
 
 
-def task_changes(task: dict[str, Any]) -> list[str]:
-    """`max_depth 4 (10)`: the options of a task that are not its defaults, which follow in brackets."""
+def task_changes(task: dict[str, Any], *, data_only: bool = False) -> list[str]:
+    """`max_depth 4 (10)`: the options of a task that are not its defaults, which follow in brackets.
+
+    Args:
+        task: name and options, as in a plan.
+        data_only: leave out options that do not change the data (the encoding, how it is pretrained and pooled).
+    """
     from lra.tasks import build_task
 
-    defaults = asdict(build_task(task["name"]))
-    return [f"{name} {task[name]} ({value})" for name, value in defaults.items() if task[name] != value]
-
-
-def direction(result: dict[str, Any]) -> tuple[str, str]:
-    """(direction of the model, its denoising objective)."""
-    return ("bidirectional", "masked") if result["config"]["model"]["bidirectional"] else ("causal", "causal")
+    made = build_task(task["name"])
+    defaults = json.loads(json.dumps(asdict(made)))
+    kept = {name: value for name, value in defaults.items() if not (data_only and name in made.not_data)}
+    return [f"{name} {task[name]} ({value})" for name, value in kept.items() if task.get(name, value) != value]
 
 
 def load_results(runs_dir: Path) -> list[dict[str, Any]]:
     """Every `result.json` below a folder, sorted by path.
 
     Raises:
-        ValueError: no folder, no result, or a damaged file.
+        ValueError: no folder, no result, or a file that is damaged or no result of this program; it is named.
     """
     if not runs_dir.is_dir():
         raise ValueError(f"no folder {str(runs_dir)!r}; `lra run` and `lra sweep` write results to runs_dir")
-    found = [read_json(path) for path in sorted(runs_dir.rglob("result.json"))]
+    found = []
+    for path in sorted(runs_dir.rglob("result.json")):
+        result = read_json(path)
+        if problem := _problem(result):
+            raise ValueError(
+                f"{path} is no result this version can read ({problem}); move it away, or delete it and run again"
+            )
+        found.append(result)
     if not any("test" in result for result in found):
         raise ValueError(f"no finished cell below {str(runs_dir)!r}; `lra run` and `lra sweep` write result.json there")
     return found
 
 
+# What the report reads of a result, by where it stands; `test` and `pretrain` only where they are.
+_NEEDED = {
+    "": "key config plan metric encoding pooling chance parameters val curve data device versions commit best_step "
+    "steps tokens flops seconds loader_seconds",
+    "config": "model optim budget seed regime",
+    "config.model": "mixer d_model n_layers bidirectional mixer_kwargs",
+    "config.budget": "steps pretrain_share data labels",
+    "plan": "task",
+    "plan.task": "name",
+    "data": "train",
+    "test": "accuracy groups shuffled",
+    "pretrain": "metric val curve steps tokens flops seconds loader_seconds",
+}
+
+
+def _problem(result: Any) -> str | None:
+    """What a result lacks, or None."""
+    from lra.tasks import TASKS
+
+    for where, names in _NEEDED.items():
+        if where in ("test", "pretrain") and where not in result:
+            continue
+        inner = result
+        for name in where.split(".") if where else ():
+            inner = inner[name]
+        if not isinstance(inner, dict):
+            return f"{where or 'it'} is no mapping"
+        for name in names.split():
+            if name not in inner:
+                return f"no {(where + '.' if where else '') + name!r}"
+    if "test" in result and not ("reference_lines" in result and "test" in result["data"]):
+        return "no 'reference_lines' or no 'data.test'"
+    if (task := result["plan"]["task"]["name"]) not in TASKS:
+        return f"unknown task {task!r}"
+    return None
+
+
 def sections(results: list[dict[str, Any]]) -> list[Section]:
     """Groups the classification results: by task and direction, then by everything else but the seed."""
+    results = [result for result in results if "test" in result]
+    names = model_names(results)
     grouped: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for result in results:
-        if "test" in result:
-            outer = json.dumps([result["plan"]["task"], direction(result)[0]], sort_keys=True)
-            grouped.setdefault(outer, {}).setdefault(_identity(result), []).append(result)
+        outer = json.dumps([result["plan"]["task"], direction(result)[0]], sort_keys=True)
+        grouped.setdefault(outer, {}).setdefault(identity(result), []).append(result)
     made = []
     for inner in grouped.values():
-        groups = [Group(sorted(seeds, key=lambda r: r["config"]["seed"])) for seeds in inner.values()]
-        groups.sort(key=lambda g: (g.model != "lru", g.model, "pretrain" in g.first, g.size))
+        groups = [
+            Group(sorted(seeds, key=lambda r: r["config"]["seed"]), names[mixer_of(seeds[0])])
+            for seeds in inner.values()
+        ]
+        groups.sort(key=lambda g: (g.model != "lru", g.model, g.pretrained, g.share, g.data, g.size))
         first = groups[0].first
         made.append(Section(first["plan"]["task"], direction(first)[0], groups))
-    return sorted(made, key=lambda s: s.title)
+    return sorted(made, key=lambda s: (_place(s.name), bool(s.changes), json.dumps(s.task), s.direction))
 
 
-def _identity(result: dict[str, Any]) -> str:
-    """What two results share when they differ in their seed alone."""
-    config = result["config"]
-    optim, budget = dict(config["optim"]), dict(config["budget"])
-    del budget["checkpoint_every"]
-    if "pretrain" not in result:  # settings that a run from scratch does not read
-        del optim["pretrain_lr"], budget["pretrain_share"]
-    return json.dumps([config["model"], optim, budget, "pretrain" in result], sort_keys=True)
+def _place(task: str) -> int:
+    """Where a task stands in a report: the Long Range Arena in its own order, then the others in theirs."""
+    from lra.tasks import TASKS
+
+    arena = [name for name in ARENA if name in TASKS]
+    return [*arena, *(name for name in TASKS if name not in arena)].index(task)
 
 
 def highest_line(accuracy: float, lines: dict[str, float]) -> str:
