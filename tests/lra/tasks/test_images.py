@@ -76,7 +76,8 @@ def same(one, other):
     return all(np.array_equal(flat_column(one[s], "input_ids"), flat_column(other[s], "input_ids")) for s in SPLITS)
 
 
-def test_splits_hold_the_images_that_their_index_names(colour):
+def test_splits_hold_the_images_that_their_index_names(colour, monkeypatch):
+    monkeypatch.setattr("lra.tasks.decoding._CHUNK", 10)  # several, and a last one that is not full
     folder, images, labels = colour
     splits = SCifar().generate(workers=2, data_dir=folder)
     for split in splits.values():
