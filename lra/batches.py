@@ -58,10 +58,17 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         def move(side: Side) -> Side:
-            return Side(side.inputs.to(device), None if side.mask is None else side.mask.to(device))
+            return Side(send(side.inputs, device), None if side.mask is None else send(side.mask, device))
 
         second = None if self.second is None else move(self.second)
-        return Batch(move(self.first), second, self.labels.to(device), self.share)
+        return Batch(move(self.first), second, send(self.labels, device), self.share)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; from the CPU to a GPU without waiting for what that is doing."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def stream_seed(seed: int, stream: str, step: int = 0) -> int:
@@ -154,11 +161,15 @@ class Examples:
         return Examples([side.to(device) for side in self.sides], self.labels.to(device), self.pad)
 
     def batch(self, rows: np.ndarray, rank: int = 0, world: int = 1, multiple: int = 1) -> Batch:
-        """The rows of a step that fall to `rank`, padded to the longest of all of them, up to a multiple."""
-        mine = torch.from_numpy(np.ascontiguousarray(rows[rank::world])).to(self.device)
+        """The rows of a step that fall to `rank`, padded to the longest of all of them.
+
+        That is rounded up to a `multiple`, but not beyond the longest row of the split.
+        """
+        mine = send(torch.from_numpy(np.ascontiguousarray(rows[rank::world])), self.device)
         sides = []
         for side in self.sides:
-            T = ceil(max(int(side.lengths[rows].max(initial=0)), 1) / multiple) * multiple
+            T = max(int(side.lengths[rows].max(initial=0)), 1)
+            T = max(T, min(ceil(T / multiple) * multiple, int(side.lengths.max())))
             values, mask = side.gather(mine, T)
             if mask is not None:
                 values = values.masked_fill(~(mask if values.ndim == 2 else mask[..., None]), self.pad)
@@ -254,15 +265,30 @@ class BatchStream(IterableDataset):
             step += 1
 
 
-def evaluation_batches(examples: Examples, max_tokens: int = 32_768) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Every row once, longest first, in batches of at most `max_tokens` padded tokens: (rows, batch)."""
+def resident(examples: Examples, device: torch.device) -> Examples:
+    """The examples on `device` if they take no more than a quarter of its free memory, else as they are."""
+    if device.type != "cuda" or examples.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
+        return examples
+    return examples.to(device)
+
+
+def evaluation_batches(
+    examples: Examples, max_tokens: int = 32_768, multiple: int = 1, rank: int = 0, world: int = 1
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Every row once, longest first, in batches of at most `max_tokens` padded tokens: (rows, batch).
+
+    Args:
+        multiple: sequences are padded to a multiple of this.
+        rank, world: of all batches, those at rank, rank + world, ...
+    """
     order = np.argsort(-examples.lengths, kind="stable")
-    start = 0
+    start = i = 0
     while start < len(order):
         size = max(1, max_tokens // max(int(examples.lengths[order[start]]), 1))
         rows = order[start : start + size]
-        yield rows, examples.batch(rows)
-        start += size
+        if i % world == rank:
+            yield rows, examples.batch(rows, multiple=multiple)
+        start, i = start + size, i + 1
 
 
 def describe(examples: Examples) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """One cell: returned at once if computed, resumed if begun, bit-identical either way."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -13,6 +14,7 @@ from lra.files import read_json, write_json, write_text
 from lra.tasks.base import Levels, Task
 
 if TYPE_CHECKING:
+    from lra.distributed import Team
     from lra.evaluate import Scorer
 
 CONFIG, RESULT = "config.yaml", "result.json"
@@ -48,7 +50,8 @@ def run_cell(
         cache_dir: folder of the data sets; None for the default of `lra.data`.
         data_dir: folder of the source files of real data, read when the data set is not cached; None for the hub.
         accelerator: auto (the GPU if there is one), cpu or gpu.
-        devices, nodes: processes on each machine, and machines, that share the cell's batches.
+        devices, nodes: processes on each machine, and machines, that share the cell's batches. Those of one machine
+            are started here, unless SLURM or torchrun has started them: then each of them calls this.
         say: takes one line of text per event.
 
     Returns:
@@ -57,44 +60,66 @@ def run_cell(
     Raises:
         ValueError: a bad configuration, or a damaged or foreign file in the folder.
         Interrupted: Ctrl-C; the same call resumes.
+        OSError: a file cannot be written, such as on a full disk.
     """
+    where = Places(Path(runs_dir), cache_dir, data_dir, accelerator, devices, nodes)
+    cell.build_task()
+    if devices == nodes == 1 and (done := finished(where.runs_dir / cell.key)) is not None:
+        return done  # without torch
+
+    from lra.distributed import check_processes, gathered
+
+    check_processes(devices, nodes, accelerator)
+    with gathered(accelerator, devices, nodes) as team:
+        return _run(cell, where, team, say if team.leads else lambda line: None)
+
+
+def _run(cell: Cell, where: Places, team: "Team", say: Say) -> dict[str, Any]:
+    """What `run_cell` does, in each process of a team that was started outside, or in the one process there is."""
+    task, folder = cell.build_task(), where.runs_dir / cell.key
+    if (done := team.tell(lambda: finished(folder))) is not None:
+        return done
+    _check_buildable(cell, task, where.accelerator)
+    pretrained = _run(cell.pretraining(), where, team, say) if cell.regime == "finetune" else None
+    with _held(cell, folder, team, say):
+        # Another process may have finished it while this one waited for the lock.
+        if (done := team.tell(lambda: finished(folder))) is not None:
+            return done
+        team.tell(lambda: write_text(folder / CONFIG, config_yaml(cell)))
+        work = partial(_compute, cell, task, folder, where, pretrained)
+        if where.devices > team.world:
+            from lra.workers import in_workers
+
+            result = in_workers(work, where.devices, where.accelerator, say)
+        else:
+            result = work(say, team)
+        return team.tell(lambda: _recorded(folder, result))
+
+
+@contextmanager
+def _held(cell: Cell, folder: Path, team: "Team", say: Say) -> Iterator[None]:
+    """Holds the lock of a cell's folder in the first process; the others wait until it has it."""
     from filelock import FileLock, Timeout
 
-    task = cell.build_task()
-    where = Places(Path(runs_dir), cache_dir, data_dir, accelerator, devices, nodes)
-    folder = Path(runs_dir) / cell.key
-    if (done := finished(folder)) is not None:
-        return done
-    _check_buildable(cell, task, accelerator)
-    pretrained = None
-    if cell.regime == "finetune":
-        pretrained = run_cell(
-            cell.pretraining(),
-            runs_dir,
-            cache_dir=cache_dir,
-            data_dir=data_dir,
-            accelerator=accelerator,
-            devices=devices,
-            nodes=nodes,
-            say=say,
-        )
-
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
+
+    def acquire() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"{cell.key}: another process is computing it; waiting")
+            lock.acquire()
+
+    team.tell(acquire)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"{cell.key}: another process is computing it; waiting")
-        lock.acquire()
-    try:
-        # Another process may have finished it while this one waited for the lock.
-        if (done := finished(folder)) is not None:
-            return done
-        write_text(folder / CONFIG, config_yaml(cell))
-        result = _compute(cell, task, folder, where, pretrained, say)
-        write_json(folder / RESULT, result)
+        yield
     finally:
         lock.release()
+
+
+def _recorded(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    write_json(folder / RESULT, result)
     return result
 
 
@@ -132,8 +157,9 @@ def _data(task: Task, cache_dir: str | Path | None, data_dir: str | Path | None)
 
 
 def _compute(
-    cell: Cell, task: Task, folder: Path, where: Places, pretrained: dict[str, Any] | None, say: Say
+    cell: Cell, task: Task, folder: Path, where: Places, pretrained: dict[str, Any] | None, say: Say, team: "Team"
 ) -> dict[str, Any]:
+    """Trains and scores; of a team, the first process returns the result and the others an empty one."""
     from lra.batches import BatchPlan, Examples, describe, histogram, stream_seed
     from lra.costs import run_flops
     from lra.networks import build_net, load_weights, pooling, sizes
@@ -153,6 +179,7 @@ def _compute(
 
     denoise = cell.denoising if pretraining else None
     net = build_net(cell.model, task, denoise=denoise, seed=stream_seed(cell.seed, f"init {cell.regime}"))
+    net.computed(cell.compute)
     if pretrained is not None:
         load_weights(net, where.runs_dir / pretrained["key"] / BEST, heads=False)
 
@@ -168,9 +195,10 @@ def _compute(
         folder,
         metric=cell_metric(cell, task),
         accelerator=where.accelerator,
-        devices=where.devices,
-        nodes=where.nodes,
+        team=team,
     )
+    if not team.leads:
+        return {}
     load_weights(net, folder / BEST, heads=True)
 
     uses = BatchPlan(train.lengths, cell.optim.batch_size, cell.seed).uses(cell.steps)
@@ -193,6 +221,7 @@ def _compute(
         "val": {name.removeprefix("val_"): value for name, value in run["best"].items() if name.startswith("val_")},
         "data": {"train": describe(train), "val": describe(val), **origin},
         "device": run["device"],
+        "processes": run["processes"],
         **provenance(),
         "curve": run["curve"],
     }
@@ -235,11 +264,11 @@ def _test(net: Any, task: Task, split: Any, seed: int) -> tuple[dict[str, Any], 
     """Accuracies on the test split, as `result.json` has them, and the size of the split."""
     import numpy as np
 
-    from lra.batches import Examples, describe
+    from lra.batches import Examples, describe, resident
     from lra.evaluate import PROBED, accuracies, grouped, probe
 
     test = Examples.from_dataset(split, task)
-    right = accuracies(net, test)
+    right = accuracies(net, resident(test, next(net.parameters()).device))
     groups = {"length": test.lengths, **task.strata(split)}
     scores = {
         "accuracy": float(np.nanmean(right)),

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from lra.batches import Batch, Examples, evaluation_batches, stream_seed
+from lra.distributed import SOLO, Team
 from lra.interrupt import Flag, Interrupted
 from lra.objectives import Metric, Net, Score, measures
 from lra.tasks.base import IGNORED
@@ -19,28 +20,32 @@ BLOCKS, PROBED = (1, 8, 64, 512), 2_000
 
 @torch.no_grad()
 def evaluate(
-    net: Net, score: Scorer, examples: Examples, seed: int, metric: Metric, flag: Flag | None = None
+    net: Net, score: Scorer, examples: Examples, seed: int, metric: Metric, flag: Flag | None = None, team: Team = SOLO
 ) -> dict[str, float]:
-    """Mean loss and metric over a split, in eval mode; the mode of `net` is restored.
+    """Mean loss and metric over a split, in eval mode, its batches shared by a team; the mode of `net` is restored.
 
     The noise of a denoising objective is drawn from `seed`, so every evaluation of a run hides the same positions.
 
     Raises:
-        Interrupted: a signal arrived in `flag`.
+        Interrupted: a signal arrived in the `flag` of one of the processes.
     """
     device = next(net.parameters()).device
-    training = net.training
+    training, stopped = net.training, 0
     net.eval()
     sums = torch.zeros(len(Score._fields), dtype=torch.float64, device=device)
     try:
-        for i, (_, batch) in enumerate(evaluation_batches(examples)):
+        shared = evaluation_batches(examples, multiple=net.multiple, rank=team.rank, world=team.world)
+        for i, (_, batch) in enumerate(shared):
             if flag is not None and flag.signum is not None:
-                raise Interrupted("stopped during an evaluation", flag.signum)
-            generator = torch.Generator().manual_seed(stream_seed(seed, "evaluate", i))
+                stopped = flag.signum
+                break
+            generator = torch.Generator().manual_seed(stream_seed(seed, "evaluate", team.rank + i * team.world))
             sums += score(net, batch.to(device), generator).sums()
     finally:
         net.train(training)
-    return measures(sums.tolist(), metric)
+    if stopped := team.largest(stopped):
+        raise Interrupted("stopped during an evaluation", stopped)
+    return measures(team.total(sums).tolist(), metric)
 
 
 @torch.no_grad()
@@ -49,7 +54,7 @@ def accuracies(net: Net, examples: Examples) -> np.ndarray:
     device = next(net.parameters()).device
     net.eval()
     right = np.empty(len(examples))
-    for rows, batch in evaluation_batches(examples):
+    for rows, batch in evaluation_batches(examples, multiple=net.multiple):
         hits = net.classify(batch.to(device)).argmax(-1).cpu() == batch.labels.cpu()
         if hits.ndim == 2:
             asked = (batch.labels != IGNORED).cpu()

@@ -9,12 +9,20 @@ from typing import Any
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path in the folder of `path`, then renames the file it made to `path`."""
+    """Calls `write` with a temporary path in the folder of `path`, then renames the file it made to `path`.
+
+    Raises:
+        OSError: it cannot be written, such as on a full disk; it names `path`, where what was before stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

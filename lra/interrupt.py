@@ -36,6 +36,11 @@ def until(deadline: float | None) -> Iterator[None]:
         _deadline = before
 
 
+def deadline() -> float | None:
+    """The deadline of `until`, for processes that are started inside."""
+    return _deadline
+
+
 def time_is_up() -> bool:
     """Whether the deadline of `until` has passed."""
     return _deadline is not None and time.monotonic() >= _deadline

@@ -6,6 +6,7 @@ step, of which a process takes its share, so that several processes hide what on
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linrnn.models import SequenceClassifier
-from lra.batches import Batch, Side
+from lra.batches import Batch, Side, send
+from lra.config import Compute
 from lra.tasks.base import IGNORED, Ids, Levels
 
 GRAYS = 256
+# Under torch.compile sequences are padded to a multiple of this: few lengths, few compilations.
+COMPILED_MULTIPLE = 128
 
 
 class Score(NamedTuple):
@@ -36,11 +40,10 @@ class Score(NamedTuple):
     target2: Tensor
 
     @classmethod
-    def of(cls, loss: Tensor, scored: int, **sums: Tensor) -> "Score":
+    def of(cls, loss: Tensor, scored: Tensor, **sums: Tensor) -> "Score":
         """A score of these sums; the others are 0."""
         zero = torch.zeros((), device=loss.device)
-        count = torch.full((), scored, device=loss.device)
-        return cls(loss, count, *(sums.get(name, zero) for name in cls._fields[2:]))
+        return cls(loss, scored, *(sums.get(name, zero) for name in cls._fields[2:]))
 
     @property
     def mean(self) -> Tensor:
@@ -97,6 +100,19 @@ class Net(nn.Module):
             outputs = inputs.channels * (1 if inputs.loss == "l1" else GRAYS)
             self.mask_channel = body.d_input == inputs.channels + 1
         self.denoise = nn.Linear(d_model, outputs) if denoise else None
+        self.precision, self.multiple = "32", 1
+
+    def computed(self, how: Compute) -> "Net":
+        """Sets how the body is computed, in training and evaluation alike; the names of its tensors stay."""
+        self.precision = how.precision
+        if how.compile:
+            self.multiple = COMPILED_MULTIPLE
+            # what stands around the blocks looks at its inputs, which a compiler cannot
+            self.body.backbone.compile(dynamic=True)
+        return self
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def read(self, inputs: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Inputs of the body: ids (B, T), or real values (B, T, C), and a channel that marks hidden positions."""
@@ -117,24 +133,26 @@ class Net(nn.Module):
     def classify(self, batch: Batch) -> Tensor:
         """Logits (B, n_classes), or (B, T, n_classes) of a dense task."""
         first, second = batch.first, batch.second
-        if second is None:
-            return self.body(self.read(first.inputs), first.mask)
-        return self.body(self.read(first.inputs), first.mask, self.read(second.inputs), second.mask)
+        with self.autocast(first.inputs.device):
+            if second is None:
+                return self.body(self.read(first.inputs), first.mask)
+            return self.body(self.read(first.inputs), first.mask, self.read(second.inputs), second.mask)
 
-    def recover(self, inputs: Tensor, mask: Tensor | None, hidden: Tensor | None, where: Tensor) -> Tensor:
-        """Predictions at the positions `where` (B, T) bool: (n, outputs)."""
+    def recover(self, inputs: Tensor, mask: Tensor | None, hidden: Tensor | None, at: Tensor) -> Tensor:
+        """Predictions at the positions `at` (n,), counted through the rows one after another: (n, outputs)."""
         if self.denoise is None:
             raise RuntimeError("this network was built without a denoising head")
-        return self.denoise(self.body.features(self.read(inputs, hidden), mask)[where])
+        with self.autocast(inputs.device):
+            return self.denoise(self.body.features(self.read(inputs, hidden), mask).flatten(0, 1)[at])
 
 
 def classification(net: Net, batch: Batch) -> Score:
     """Cross-entropy of the labels; positions of a dense task without a label count for nothing."""
     logits, labels = net.classify(batch), batch.labels
     if labels.ndim == 2:
-        asked = labels != IGNORED
-        logits, labels = logits[asked], labels[asked]
-    return cross_entropy(logits, labels)
+        logits, labels = logits.flatten(0, 1), labels.flatten()
+    asked = labels != IGNORED
+    return cross_entropy(logits, labels.where(asked, 0), asked)
 
 
 def masked_denoising(net: Net, batch: Batch, generator: torch.Generator, *, rate: float) -> Score:
@@ -146,9 +164,11 @@ def masked_denoising(net: Net, batch: Batch, generator: torch.Generator, *, rate
     """
     score = None
     for side in batch.sides:
-        hidden = draw_mask(side, batch.share, rate, generator)
-        predicted = net.recover(side.inputs, side.mask, hidden, hidden)
-        part = recovered(net, predicted, side.inputs[hidden])
+        drawn = draw_mask(side, batch.share, rate, generator)
+        hidden = send(drawn, side.inputs.device) & side.real
+        at, counts = positions(drawn, hidden)
+        predicted = net.recover(side.inputs, side.mask, hidden, at)
+        part = recovered(net, predicted, side.inputs.flatten(0, 1)[at], counts)
         score = part if score is None else score.plus(part)
     assert score is not None
     return score
@@ -159,41 +179,58 @@ def causal_denoising(net: Net, batch: Batch) -> Score:
     score = None
     for side in batch.sides:
         real = side.real
-        follows = torch.zeros_like(real)
-        follows[:, :-1] = real[:, 1:] & real[:, :-1]
-        target = side.inputs.roll(-1, 1)[follows]
-        part = recovered(net, net.recover(side.inputs, side.mask, None, follows), target)
+        follows = real & real.roll(-1, 1)
+        picked = torch.ones(real.shape, dtype=torch.bool)
+        picked[:, -1] = False
+        at, counts = positions(picked, follows)
+        target = side.inputs.roll(-1, 1).flatten(0, 1)[at]
+        part = recovered(net, net.recover(side.inputs, side.mask, None, at), target, counts)
         score = part if score is None else score.plus(part)
     assert score is not None
     return score
 
 
-def recovered(net: Net, predicted: Tensor, target: Tensor) -> Score:
-    """Scores predictions (n, outputs) of targets: ids (n,), or levels (n, C), by the loss the inputs ask for."""
+def recovered(net: Net, predicted: Tensor, target: Tensor, counts: Tensor) -> Score:
+    """Scores predictions (n, outputs) of targets: ids (n,), or levels (n, C), by the loss the inputs ask for.
+
+    Args:
+        counts: which of the n positions count, (n,) bool.
+    """
     if isinstance(net.inputs, Ids):
-        return cross_entropy(predicted, target)
+        return cross_entropy(predicted, target, counts)
+    counts = counts[:, None].expand(target.shape)  # (n, C)
     if net.inputs.loss == "l1":
-        wanted = net.normalised(target)
-        error = predicted.float() - wanted
+        wanted = net.normalised(target).where(counts, 0)
+        error = predicted.float().where(counts, 0) - wanted
         sums = {"residual": (error.detach() ** 2).sum(), "target": wanted.sum(), "target2": (wanted**2).sum()}
-        return Score.of(error.abs().sum(), wanted.numel(), **sums)
+        return Score.of(error.abs().sum(), counts.sum(), **sums)
     logits, levels = predicted.unflatten(-1, (net.inputs.channels, GRAYS)).flatten(0, 1), target.flatten().long()
-    score = cross_entropy(logits, levels)
+    score = cross_entropy(logits, levels, counts.flatten())
     if not net.ink:
         return score
-    ink = levels > 0
+    ink = (levels > 0) & counts.flatten()
     hits = (logits.argmax(-1) == levels) & ink
     return score._replace(ink_scored=ink.sum(), ink_correct=hits.sum())
 
 
 def draw_mask(side: Side, share: tuple[int, int], rate: float, generator: torch.Generator) -> Tensor:
-    """Hides real positions with probability `rate`: (B, T) bool.
+    """Picks positions with probability `rate`, of which the real ones are to be hidden: (B, T) bool on the CPU.
 
-    Drawn on the CPU and for the rows of all processes, so that every device and any number of them hides the same.
+    Drawn there and for the rows of all processes, so that every device and any number of them hides the same.
     """
     (B, T), (rank, world) = side.inputs.shape[:2], share
-    drawn = torch.rand((B * world, T), generator=generator)[rank::world] < rate
-    return drawn.to(side.inputs.device) & side.real
+    return torch.rand((B * world, T), generator=generator)[rank::world] < rate
+
+
+def positions(picked: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions picked, counted through the rows: (n,), and which of them are wanted, (n,) bool.
+
+    `picked` (B, T) is on the CPU, so how many there are is known without asking a GPU, which would have to finish all
+    its work to answer. In place of one that is not `wanted` (B, T) stands position 0, which is real.
+    """
+    at = send(picked.flatten().nonzero()[:, 0], wanted.device)
+    counts = wanted.flatten()[at]
+    return at.where(counts, 0), counts
 
 
 def denoising(
@@ -205,6 +242,7 @@ def denoising(
     return causal_denoising(net, batch)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Score:
-    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-    return Score.of(loss, targets.numel(), correct=(logits.argmax(-1) == targets).sum())
+def cross_entropy(logits: Tensor, targets: Tensor, counts: Tensor) -> Score:
+    """Scores logits (n, classes) of targets (n,) where `counts` (n,) bool."""
+    loss = F.cross_entropy(logits.float(), targets, reduction="none").where(counts, 0).sum()
+    return Score.of(loss, counts.sum(), correct=((logits.argmax(-1) == targets) & counts).sum())

@@ -5,8 +5,11 @@ metrics, checkpoint) happens at the end of that step's batch, so the checkpoint 
 nothing of step s + 1: a run resumed from it equals an uninterrupted one bit for bit (same machine, same threads).
 """
 
+import io
 import logging
 import math
+import signal
+import threading
 import time
 import warnings
 from contextlib import suppress
@@ -16,14 +19,18 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.utils.data import DataLoader
 
 from linrnn.models import param_groups
-from lra.batches import Batch, BatchStream, Examples, stream_seed
+from lra.batches import Batch, BatchStream, Examples, resident, stream_seed
 from lra.config import Cell
 from lra.differences import plan_differences
+from lra.distributed import SOLO, Team
 from lra.evaluate import Scorer, evaluate
 from lra.files import write_csv, write_whole
 from lra.interrupt import Flag, Interrupted, listening
@@ -37,15 +44,19 @@ BEST, LAST, METRICS = "best.safetensors", "last.ckpt", "metrics.csv"
 class Trainee(LightningModule):
     """The network, its objective and its optimiser, for the steps of one cell."""
 
-    def __init__(self, net: Net, score: Scorer, cell: Cell):
+    def __init__(self, net: Net, score: Scorer, cell: Cell, team: Team = SOLO):
         super().__init__()
-        self.net, self.score, self.cell = net, score, cell
+        self.net, self.score, self.cell, self.team = net, score, cell, team
         self.plan = cell.plan()
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(stream_seed(self.cell.seed, "noise", self.global_step))
         score = self.score(self.net, batch, generator)
-        return {"loss": score.mean, "sums": score.sums()}
+        if self.team.world == 1:
+            return {"loss": score.mean, "sums": score.sums()}
+        # The processes' gradients are averaged, and what they score differs in number: the mean of means is not it.
+        everything = self.team.total(score.scored).clamp(min=1)
+        return {"loss": self.team.world * score.loss / everything, "sums": score.sums()}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optim, lr = self.cell.optim, self.cell.lr
@@ -67,6 +78,30 @@ def lr_factor(cell: Cell, step: int) -> float:
         return 1.0
     done = (step - warmup) / max(cell.steps - warmup, 1)
     return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+class WholeFile(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all.
+
+    Only the first process writes. Were it to raise at once, the others would wait for it: the error is kept for
+    `check`.
+    """
+
+    def __init__(self) -> None:
+        self.error: OSError | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)  # in memory, since its errors do not say that a disk is full
+        try:
+            write_whole(Path(path), lambda p: p.write_bytes(buffer.getbuffer()))
+        except OSError as error:
+            self.error = error
+
+    def check(self) -> None:
+        """Raises OSError if the last checkpoint could not be written."""
+        if self.error is not None:
+            raise self.error
 
 
 class Stream(LightningDataModule):
@@ -102,12 +137,16 @@ class Recorder(Callback):
         stream: BatchStream,
         flag: Flag,
         progress: Progress,
+        team: Team,
+        file: WholeFile,
     ):
         self.folder, self.cell, self.val, self.metric, self.stream = folder, cell, val, metric, stream
-        self.flag, self.progress = flag, progress
+        self.flag, self.progress, self.team, self.file = flag, progress, team, file
         self.rows: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
-        self.sums = torch.zeros(len(Score._fields), dtype=torch.float64)  # since the last row
+        # Of this process, since the last row; they stay on the device until then. In a checkpoint: those of each one.
+        self.sums = torch.zeros(len(Score._fields), dtype=torch.float64)
+        self.shares: list[list[float]] = []
         self.seconds = 0.0
         self.due = False  # an evaluation of the newest step that a signal has put off
         self.since = 0.0
@@ -116,7 +155,7 @@ class Recorder(Callback):
         return {
             "rows": self.rows,
             "best": self.best,
-            "sums": self.sums.tolist(),
+            "sums": self.shares,
             "seconds": self.seconds,
             "loader_seconds": self.stream.seconds,
             "due": self.due,
@@ -125,9 +164,18 @@ class Recorder(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.stream.seconds = state_dict["loader_seconds"]
         self.rows, self.best, self.seconds, self.due = (state_dict[k] for k in ("rows", "best", "seconds", "due"))
-        self.sums = torch.tensor(state_dict["sums"], dtype=torch.float64)
+        shares = torch.tensor(state_dict["sums"], dtype=torch.float64)
+        if len(shares) == self.team.world:
+            self.sums = shares[self.team.rank]
+        elif self.team.leads:  # written by another number of processes
+            self.sums = shares.sum(0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning has put a handler of its own before that of `listening`: it calls the other processes from inside
+        # the signal, and all of them before every batch, each time waiting for the GPU. This one comes back.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         self.sums = self.sums.to(pl_module.device)
         self.since = time.monotonic()
         if self.rows:
@@ -135,7 +183,8 @@ class Recorder(Callback):
         self.catch_up(pl_module, trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        torch.manual_seed(stream_seed(self.cell.seed, "dropout", trainer.global_step))
+        stream = "dropout" if self.team.leads else f"dropout {self.team.rank}"  # no two processes drop the same units
+        torch.manual_seed(stream_seed(self.cell.seed, stream, trainer.global_step))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -149,11 +198,17 @@ class Recorder(Callback):
             self.catch_up(pl_module, step)
         now = time.monotonic()
         self.seconds, self.since = self.seconds + now - self.since, now
-        stop = self.flag.signum
-        if last or stop is not None or step % cell.budget.checkpoint_every == 0:
-            write_whole(self.folder / LAST, trainer.save_checkpoint)
-        if stop is not None and (self.due or not last):
+        stop = self.team.largest(self.flag.signum or 0)
+        if last or stop or step % cell.budget.checkpoint_every == 0:
+            self.save(trainer)
+        if stop and (self.due or not last):
             raise Interrupted(f"stopped at step {step} of {cell.steps}", stop)
+
+    def save(self, trainer: Trainer) -> None:
+        """Writes the checkpoint in the first process; what goes wrong there is raised in all of them."""
+        self.shares = self.team.all(self.sums)
+        trainer.save_checkpoint(self.folder / LAST, weights_only=False)
+        self.team.tell(self.file.check)
 
     def catch_up(self, pl_module: LightningModule, step: int) -> None:
         """Does the evaluation of `step` if it is due.
@@ -164,12 +219,12 @@ class Recorder(Callback):
         if not self.due:
             return
         assert isinstance(pl_module, Trainee)
-        trained = measures(self.sums.tolist(), self.metric)
+        trained = measures(self.team.total(self.sums).tolist(), self.metric)
         if not math.isfinite(trained["loss"]):
             raise FloatingPointError(
                 f"the training loss is {trained['loss']} at step {step}: lower the learning rate (now {self.cell.lr})"
             )
-        scored = evaluate(pl_module.net, pl_module.score, self.val, self.cell.seed, self.metric, self.flag)
+        scored = evaluate(pl_module.net, pl_module.score, self.val, self.cell.seed, self.metric, self.flag, self.team)
         row = {
             "step": step,
             "train_loss": trained["loss"],
@@ -180,10 +235,15 @@ class Recorder(Callback):
         self.sums, self.due = torch.zeros_like(self.sums), False
         self.progress.note(row["train_loss"], row[f"val_{self.metric}"])
         # Of equal scores the earlier one stays: less training for the same.
-        if not self.best or row[f"val_{self.metric}"] > self.best[f"val_{self.metric}"]:
-            self.best = row
-            weights = {name: tensor.detach().cpu().clone() for name, tensor in pl_module.net.state_dict().items()}
-            write_whole(self.folder / BEST, lambda path: save_file(weights, path))
+        better = not self.best or row[f"val_{self.metric}"] > self.best[f"val_{self.metric}"]
+        self.best = row if better else self.best
+        self.team.tell(lambda: self.write(pl_module.net if better else None))
+
+    def write(self, net: Net | None) -> None:
+        """Writes the curve, and the weights of `net`."""
+        if net is not None:
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
+            write_whole(self.folder / BEST, lambda path: path.write_bytes(save(weights)))
         write_csv(self.folder / METRICS, self.rows)
 
 
@@ -197,36 +257,50 @@ def fit(
     *,
     metric: Metric = "accuracy",
     accelerator: str = "auto",
-    devices: int = 1,
-    nodes: int = 1,
+    team: Team = SOLO,
 ) -> dict[str, Any]:
     """Trains `net` for the steps of `cell`, resuming from `last.ckpt` in `folder` if it is there.
+
+    The processes of `team` share every batch; all of them call this, the first one writes.
 
     Leaves `metrics.csv`, `best.safetensors` (the weights of the best validation metric, the earliest of equals) and
     `last.ckpt` in `folder`; returns the curve, the best row, seconds in all and waiting for batches, and the device.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; the state is saved first.
-        ValueError: `last.ckpt` is damaged or belongs to another configuration, or there is no such device.
+        Interrupted: a signal to one of the processes, or a deadline; the state is saved first.
+        ValueError: `last.ckpt` is damaged or belongs to another configuration, there is no such device, or the
+            processes cannot share a batch evenly.
+        OSError: a file cannot be written; the one before it stays.
         FloatingPointError: the loss is no longer finite.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # advertisements and device listings
-    trainee = Trainee(net, score, cell)
+    trainee = Trainee(net, score, cell, team)
+    stream = BatchStream(train, cell.optim.batch_size, cell.seed, team.rank, team.world, net.multiple)
+    if stream.plan.batch_size % team.world:
+        raise ValueError(
+            f"optim.batch_size {stream.plan.batch_size} does not divide by the {team.world} processes that share a "
+            f"batch (devices x nodes); change one of them"
+        )
     last = folder / LAST
-    if last.exists():
+    if resumes := team.tell(last.exists):
         check_resumable(last, trainee.plan)
     with listening() as flag, warnings.catch_warnings():
         # The stream is in memory: workers would only copy it. And the last two come from inside the libraries.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+        warnings.filterwarnings("ignore", message=".*srun. command is available.*")  # on a login node
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-        progress = Progress(cell.key, cell.steps)
-        stream = BatchStream(train, cell.optim.batch_size, cell.seed)
-        recorder = Recorder(folder, cell, val, metric, stream, flag, progress)
+        file, progress = WholeFile(), Progress(cell.key, cell.steps, metric, quiet=not team.leads)
+        recorder = Recorder(folder, cell, val, metric, stream, flag, progress, team, file)
         trainer = Trainer(
             accelerator=device_kind(accelerator),
-            devices=1,
+            devices=team.devices,
+            num_nodes=team.nodes,
+            # Pretraining leaves the classifier's head idle.
+            strategy=DDPStrategy(find_unused_parameters=cell.regime == "pretrain") if team.world > 1 else "auto",
+            # named, or Lightning would take a SLURM job for its own and requeue it
+            plugins=[file, team.environment or LightningEnvironment()],
             max_epochs=-1,
             max_steps=cell.steps,
             gradient_clip_val=cell.optim.clip,
@@ -238,9 +312,10 @@ def fit(
             use_distributed_sampler=False,
             default_root_dir=folder,
         )
-        trainer.fit(
-            trainee, datamodule=Stream(stream), ckpt_path=str(last) if last.exists() else None, weights_only=True
-        )
+        # In memory there it costs a step nothing to make its batch.
+        stream.examples, recorder.val = (resident(split, trainer.strategy.root_device) for split in (train, val))
+        trainer.fit(trainee, datamodule=Stream(stream), ckpt_path=str(last) if resumes else None, weights_only=True)
+        net.to(trainer.strategy.root_device)  # Lightning has taken it off
         recorder.catch_up(trainee, cell.steps)  # a run that was stopped at its very end has no step left to do it
     return {
         "curve": recorder.rows,
@@ -248,6 +323,7 @@ def fit(
         "seconds": recorder.seconds,
         "loader_seconds": stream.seconds,
         "device": _device_name(trainer.strategy.root_device),
+        "processes": team.world,
     }
 
 
