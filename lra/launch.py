@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,11 @@ class Place:
 
     def absolute(self) -> "Place":
         """The same for a process that starts in another folder."""
-        folders = {k: v and str(Path(v).expanduser().resolve()) for k, v in self.folders.items()}
-        return Place(**{**asdict(self), **folders})
 
-    @property
-    def folders(self) -> dict[str, str | None]:
-        return {"cache_dir": self.cache_dir, "data_dir": self.data_dir}
+        def whole(path: str | None) -> str | None:
+            return None if path is None else str(Path(path).expanduser().resolve())
+
+        return replace(self, cache_dir=whole(self.cache_dir), data_dir=whole(self.data_dir))
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,15 @@ def compute(cell: Cell, runs_dir: str | Path, place: Place) -> dict[str, Any]:
         import torch
 
         torch.set_num_threads(place.threads)
-    where = {**place.folders, "accelerator": place.accelerator, "devices": place.devices, "nodes": place.nodes}
-    return run_cell(cell, runs_dir, **where)
+    return run_cell(
+        cell,
+        runs_dir,
+        cache_dir=place.cache_dir,
+        data_dir=place.data_dir,
+        accelerator=place.accelerator,
+        devices=place.devices,
+        nodes=place.nodes,
+    )
 
 
 def attempt(cell: Cell, runs_dir: str, place: Place, deadline: float | None = None) -> str | None:
@@ -196,8 +202,6 @@ def submit(todo: Sequence[Cell], runs_dir: str | Path, place: Place, slurm: Slur
 
 
 def _job(cell: Cell, runs_dir: Path, place: Place, slurm: Slurm) -> Job:
-    from dataclasses import replace
-
     return Job(cell.to_dict(), str(runs_dir), replace(place.absolute(), threads=place.threads or slurm.cpus))
 
 
