@@ -12,7 +12,7 @@ SETTINGS = {
     "optim.lr": "lr",
     "optim.pretrain_lr": "pretraining lr",
     "optim.batch_size": "batch",
-    "budget.steps": "budget",
+    "budget.steps": "steps in all",
     "budget.pretrain_share": "share",
     "budget.data": "data",
     "budget.labels": "labels",
@@ -185,4 +185,6 @@ def setting(group: Group, name: str) -> str:
         return f"{group.first['data']['train']['rows']:,}"
     if name in ("budget.data", "budget.pretrain_share"):
         return f"{100 * value:g} %"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"{value:,}" if type(value) is int else str(value)  # True and False are ints of their own

@@ -39,8 +39,7 @@ class Published:
     @property
     def note(self) -> str:
         """Source, how it was read, and direction."""
-        parts = (self.source[0].upper() + self.source[1:], READ[self.read], self.direction or "direction not stated")
-        return "; ".join(parts) + "."
+        return f"{self.source}; {READ[self.read]}; {self.direction or 'direction not stated'}."
 
     def entry(self, task: str) -> Entry:
         """The accuracy on a task as it stands in a table; empty where none was published."""
