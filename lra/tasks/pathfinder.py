@@ -16,6 +16,8 @@ difficulty that it uses, 14 bars a curve. Worth knowing:
 - The number of distractors is computed from the length of the curves; the release's own may have been computed from
   that of the easy ones, which gives twice as many: `distractors: easy`.
 - One end that can be marked is always near the middle of the image.
+- The distance between the discs says a little: alone it is right in 53 % of the images of 32 pixels, 52 to 54 % of the
+  larger ones. It is among the reference lines.
 """
 
 from __future__ import annotations
@@ -164,6 +166,18 @@ class Pathfinder(Task):
 
         return describe_release(self, data_dir) if self.images == "release" else {}
 
+    def reference_lines(self, splits: Mapping[str, Dataset]) -> dict[str, float]:
+        """Returns the test accuracies of the most frequent label and of the best threshold of the markers' distance."""
+        from lra.tasks.base import column
+
+        lines = super().reference_lines(splits)
+        if self.images == "generated":
+            train, test = (
+                (column(splits[name], "distance"), column(splits[name], "label")) for name in ("train", "test")
+            )
+            lines["marker distance"] = _threshold_accuracy(*train, *test)
+        return lines
+
     def strata(self, split: Dataset) -> dict[str, np.ndarray]:
         """Returns the distance between the markers and, where they differ, the margins; nothing of a release."""
         from lra.tasks.base import column
@@ -210,6 +224,17 @@ class PathX256(PathX):
     name: ClassVar[str] = "pathx256"
     summary: ClassVar[str] = "two discs among dashed curves, on one curve or on two? 256 x 256 (PathX-256)"
     size: ClassVar[int] = 256
+
+
+def _threshold_accuracy(x: np.ndarray, label: np.ndarray, test_x: np.ndarray, test_label: np.ndarray) -> float:
+    """Test accuracy of the rule `x <= t`, or its opposite, that is most often right in training."""
+    import numpy as np
+
+    ones, zeros = int(np.sum(label == 1)), int(np.sum(label == 0))
+    gained = np.cumsum(np.bincount(x, np.where(label == 1, 1, -1)))  # ones less zeros up to each x
+    below, above = int(gained.argmax()), int(gained.argmin())
+    guess = test_x <= below if gained[below] + zeros >= ones - gained[above] else test_x > above
+    return float(np.mean(guess == (test_label == 1)))
 
 
 def _split_sizes(n: int) -> dict[str, int]:
