@@ -51,7 +51,7 @@ def decode_images(
             def decode(start: int, files=files, levels=levels, split=split) -> int:
                 chunk = files.slice(start, _CHUNK).to_pylist()
                 for i, file in enumerate(chunk, start):
-                    levels[i] = decode_image(file, shape, f"row {i} of the {split} images")
+                    levels[i] = decode_image(file, shape, f"task {name!r}: row {i} of the {split} images")
                 return len(chunk)
 
             jobs = [pool.submit(decode, start) for start in range(0, len(files), _CHUNK)]
@@ -77,7 +77,9 @@ def decode_image(file: bytes, shape: tuple[int, int, int], where: str) -> np.nda
                 raise ValueError(f"{where} must be an image of {width} x {height} pixels; it is one of {size}")
             if image.mode not in ("L", "RGB") or (channels == 3 and image.mode != "RGB"):
                 allowed = "8-bit gray or RGB" if channels == 1 else "8-bit RGB"
-                raise ValueError(f"{where} must be {allowed}; its mode is {image.mode}")
+                raise ValueError(
+                    f"{where} must be {allowed}; its mode is {image.mode}: name another source by --data-dir"
+                )
             return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(-1)
     except (UnidentifiedImageError, OSError, SyntaxError) as error:  # what Pillow raises for damaged files
         reason = " ".join(str(error).split())

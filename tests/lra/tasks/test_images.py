@@ -238,7 +238,7 @@ SQUARE = np.full((32, 32, 3), 7, np.uint8)
         (Image, b"no image", "row 1 of the train images cannot be decoded"),
         (Image, png(SQUARE[:30]), "row 1 .*must be an image of 32 x 32 pixels; it is one of 32 x 30"),
         (Image, png(SQUARE, "P"), "row 1 .*must be 8-bit gray or RGB; its mode is P"),
-        (SCifar, png(SQUARE[..., 0]), "row 1 .*must be 8-bit RGB; its mode is L"),
+        (SCifar, png(SQUARE[..., 0]), "task 'scifar': row 1 .*must be 8-bit RGB; its mode is L"),
     ],
     ids=["truncated", "no image", "size", "palette", "gray"],
 )
