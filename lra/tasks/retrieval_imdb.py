@@ -58,8 +58,11 @@ class RetrievalIMDB(TextPairs):
         Raises:
             ValueError: the source or its films cannot be read, or there are too few pairs.
         """
+        from tqdm.auto import tqdm
+
         reviews = self.read(data_dir)
-        return {split: self._pairs(split, reviews[split], i).dataset() for i, split in enumerate(SPLITS)}
+        progress = tqdm(SPLITS, desc=f"{self.name} pairs", unit="split", disable=None, leave=False)
+        return {split: self._pairs(split, reviews[split], i).dataset() for i, split in enumerate(progress)}
 
     def source(self, data_dir: Path | None) -> dict[str, Any]:
         from lra.tasks.sources import describe_files, find_files

@@ -25,11 +25,11 @@ ENCODINGS = ("bytes", "characters")
 
 
 def papers(folder: Path, **lines: list[str]) -> dict[str, list[str]]:
-    """Files of a few pairs; `"` and `\\n` written out are part of the texts."""
+    """Files of a few pairs; `"` and `\\n` written out are part of the texts, as is a space at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     made = {}
     for name in ("train", "eval", "test"):
-        made[name] = lines.get(name) or [f'{i % 2}.0\tP{i}\tQ{i}\t"{name} {i}\t\\n"two" é' for i in range(9)]
+        made[name] = lines.get(name) or [f'{i % 2}.0\tP{i}\tQ{i}\t"{name} {i}\t\\n"two" é ' for i in range(9)]
         (folder / f"new_aan_pairs.{name}.tsv").write_text("\n".join(made[name]) + "\n", encoding="utf-8")
     return made
 
@@ -179,7 +179,7 @@ def reviews(folder: Path) -> dict[str, tuple[list[str], list[str], list[int]]]:
     made = {}
     for split in ("train", "test"):
         films = [f"tt{split if i // 6 else 'both'}{i // 6}" for i in range(480)]
-        texts = [f"of {film}, the {i}th" for i, film in enumerate(films)]
+        texts = [f"{split}: of {film}, the {i}th" for i, film in enumerate(films)]
         texts[17], texts[40] = texts[50], "in both splits"
         labels = [i % 2 for i in range(480)]
         pq.write_table(pa.table({"text": texts, "label": labels}), folder / f"{split}.parquet")

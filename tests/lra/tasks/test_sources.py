@@ -115,6 +115,14 @@ def test_half_a_set_of_shards(tmp_path, others):
     assert others[0] in message and "shards" in message
 
 
+def test_text_that_is_no_utf8(tmp_path):
+    bad = pa.StringArray.from_buffers(1, pa.array([0, 2], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfe"))
+    pq.write_table(pa.table({"text": bad, "label": [1]}), tmp_path / "train.parquet")
+    save(tmp_path / "test.parquet", TEST)
+    message = refusal(TASK, tmp_path, COLUMNS)
+    assert "train.parquet cannot be read" in message and "UTF8" in message
+
+
 def test_a_truncated_and_a_changed_file(tmp_path):
     save(tmp_path / "test.parquet", TEST)
     path = save(tmp_path / "train.parquet", TRAIN)
