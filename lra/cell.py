@@ -214,7 +214,7 @@ def _compute(
         "parameters": sizes(cell.model, task),
         "steps": cell.steps,
         "tokens": int(uses @ train.lengths),
-        "flops": run_flops(cell.model, task, histogram(train, uses)),
+        "flops": run_flops(cell.model, task, histogram(train, uses), denoise=denoise),
         "seconds": run["seconds"],
         "loader_seconds": run["loader_seconds"],
         "best_step": run["best"]["step"],

@@ -57,6 +57,11 @@ class Model:
             check(isinstance(kwargs, dict), f"model.per_mixer.{name}", kwargs, "a mapping of keyword arguments")
 
     @property
+    def name(self) -> str:
+        """The mixer, and what was asked of it: `lru`, `conv-conv_width=5`."""
+        return "-".join([self.mixer, *(f"{key}={value}" for key, value in sorted(self.mixer_kwargs.items()))])
+
+    @property
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments of the mixer, resolved."""
         return {**self.per_mixer.get(self.mixer, {}), **self.mixer_kwargs}
@@ -238,7 +243,7 @@ class Cell:
     def label(self) -> str:
         """Readable name of the run: `lru-scratch`, `lru-masked-finetune`, `lru-causal-scratch`."""
         middle = "" if self.regime == "scratch" and self.model.bidirectional else f"-{self.denoising}"
-        return f"{self.model.mixer}{middle}-{self.regime}"
+        return f"{self.model.name}{middle}-{self.regime}"
 
     @property
     def key(self) -> str:

@@ -6,16 +6,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from linrnn.layers import available
-from linrnn.models import SequenceClassifier, count_params, match_params
-from linrnn.models.backbone import build_mixer
+from linrnn.models import SequenceClassifier, count_params
 from lra.config import Model, Objective
 from lra.differences import tensor_differences
 from lra.objectives import Net
 from lra.tasks.base import Ids, Task
 
+TOLERANCE = 0.1  # of the parameters of models that are compared
 READS = "body.embed.weight"  # of the map that reads levels, (d_model, channels)
 
 
@@ -29,7 +29,7 @@ def build_body(model: Model, task: Task, *, mask_channel: bool = False) -> Seque
         ValueError: unknown mixer or mixer option, or a width that does not fit it.
     """
     check_mixer(model)
-    return SequenceClassifier(
+    body = SequenceClassifier(
         task.n_classes,
         vocab_size=task.inputs.vocab_size if isinstance(task.inputs, Ids) else None,
         d_input=None if isinstance(task.inputs, Ids) else task.inputs.channels + mask_channel,
@@ -46,6 +46,12 @@ def build_body(model: Model, task: Task, *, mask_channel: bool = False) -> Seque
         prenorm=model.prenorm,
         max_length=task.max_length,
     )
+    if body.backbone.causal == model.bidirectional:
+        raise ValueError(
+            f"model.bidirectional is {model.bidirectional}, but {model.mixer} with {model.kwargs or 'its defaults'} "
+            f"sees {'the past alone' if body.backbone.causal else 'both sides'}: the two kinds have tables of their own"
+        )
+    return body
 
 
 def check_mixer(model: Model) -> None:
@@ -85,27 +91,46 @@ def sizes(model: Model, task: Task) -> dict[str, int]:
 
 
 def matched(model: Model, task: Task, target: int) -> Model:
-    """`model` at the width (a multiple of 8) whose total parameter count is nearest to `target`.
+    """`model` at the width whose total parameter count is nearest to `target`: a multiple of 8, or of 4 if none fits.
 
     Raises:
         ValueError: no width comes within 10 %.
     """
-
     check_mixer(model)
+    first = next((w for w in range(model.d_model, 2 * model.d_model + 32) if total(model, task, w)), None)
+    if first is None:
+        total(model, task, model.d_model, refuse=True)
+    assert first is not None
+    # Parameters grow between linearly and quadratically with the width.
+    ratio = target / total(model, task, first)
+    low, high = sorted((first * ratio, first * ratio**0.5))
+    for step in (8, 4):
+        near = range(max(step, (int(low) // step - 2) * step), int(high) + 3 * step, step)
+        counts = {width: n for width in near if (n := total(model, task, width))}
+        if counts:
+            best = min(counts, key=lambda width: abs(counts[width] - target))
+            if abs(counts[best] - target) <= TOLERANCE * target:
+                return replace(model, d_model=best)
+    raise ValueError(
+        f"no width of {model.mixer} has {target:,} parameters within {TOLERANCE:.0%}; tried: "
+        + (", ".join(f"{width} ({n:,})" for width, n in counts.items()) or "none that it takes")
+    )
 
-    def build(width: int) -> nn.Module:
-        return build_body(replace(model, d_model=width), task)
 
-    def takes(width: int) -> bool:
-        try:
-            with torch.device("meta"):
-                build_mixer(model.mixer, width, model.kwargs, model.bidirectional)
-        except ValueError:  # such as a width that the number of heads does not divide
-            return False
-        return True
+def total(model: Model, task: Task, width: int, *, refuse: bool = False) -> int:
+    """Parameters of the classifier at a width, from those of one block; 0 if the mixer does not take it.
 
-    widths = [width for width in range(max(8, model.d_model // 32 * 8), 4 * model.d_model + 1, 8) if takes(width)]
-    return replace(model, d_model=match_params(target, build, widths))
+    Raises:
+        ValueError: with `refuse`, instead of 0.
+    """
+    try:
+        with torch.device("meta"):
+            body = build_body(replace(model, d_model=width, n_layers=1), task)
+    except ValueError:  # such as a width that the number of heads does not divide
+        if refuse:
+            raise
+        return 0
+    return count_params(body) + (model.n_layers - 1) * count_params(body.backbone.blocks[0])
 
 
 def head_free(state: dict[str, Tensor]) -> dict[str, Tensor]:

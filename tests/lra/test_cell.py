@@ -179,6 +179,8 @@ def test_a_divergent_run_says_so(tiny, run):
     [
         ({"mixer": "lstm"}, "unknown model.mixer 'lstm'; allowed: .*attention, .*lru"),
         ({"mixer_kwargs": {"r_mean": 1}}, "r_mean"),
+        ({"mixer": "nystrom", "bidirectional": False}, "nystrom with its defaults sees both sides"),
+        ({"mixer_kwargs": {"bidirectional": True}, "bidirectional": False}, "bidirectional': True} sees both sides"),
         ({"mixer": "attention", "d_model": 18, "mixer_kwargs": {"n_heads": 4}}, "n_heads"),
     ],
 )
@@ -212,6 +214,16 @@ def test_initialisation_is_a_function_of_the_seed(tiny):
     nets = [build_net(cell.model, cell.build_task(), denoise="masked", seed=s).state_dict() for s in (1, 1, 2)]
     assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
     assert any(not torch.equal(nets[0][name], nets[2][name]) for name in nets[0])
+
+
+@pytest.mark.parametrize("mixer", ["griffin", "mamba2"])
+def test_matching_finds_widths_between_multiples_of_eight(tiny, mixer):
+    cell = tiny(model={"d_model": 64, "n_layers": 2})
+    task, other = cell.build_task(), replace(cell.model, mixer=mixer)
+    target = sizes(cell.model, task)["total"]
+    assert abs(sizes(matched(other, task, target), task)["total"] / target - 1) <= 0.1
+    with pytest.raises(ValueError, match=f"no width of {mixer} has 10 parameters within 10%; tried: "):
+        matched(other, task, 10)
 
 
 def test_matched_models_are_within_ten_percent(tiny):
