@@ -67,9 +67,10 @@ def run_cell(
     if devices == nodes == 1 and (done := finished(where.runs_dir / cell.key)) is not None:
         return done  # without torch
 
-    from lra.distributed import check_processes, gathered
+    from lra.distributed import check_processes, check_shares, gathered
 
     check_processes(devices, nodes, accelerator)
+    check_shares(cell.optim.batch_size, devices * nodes)
     with gathered(accelerator, devices, nodes) as team:
         return _run(cell, where, team, say if team.leads else lambda line: None)
 

@@ -102,7 +102,10 @@ def started_outside() -> "ClusterEnvironment | None":
         return TorchElasticEnvironment()
     # not SLURM_NTASKS, which a batch script has too, and it runs once
     if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
-        return SLURMEnvironment(auto_requeue=False)  # whoever submitted the job requeues it
+        try:
+            return SLURMEnvironment(auto_requeue=False)  # whoever submitted the job requeues it
+        except RuntimeError as error:  # such as --ntasks without --ntasks-per-node
+            raise ValueError(str(error)) from error
     return None
 
 
@@ -131,6 +134,19 @@ def check_processes(devices: int, nodes: int, accelerator: str) -> None:
         )
     if device_kind(accelerator) == "gpu" and devices > torch.cuda.device_count():
         raise ValueError(f"devices {devices}: torch sees {torch.cuda.device_count()} GPUs here")
+
+
+def check_shares(batch_size: int, world: int) -> None:
+    """Refuses a batch that the processes cannot share evenly.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if batch_size % world:
+        raise ValueError(
+            f"optim.batch_size {batch_size} does not divide by the {world} processes that share a batch "
+            f"(devices x nodes); change one of them"
+        )
 
 
 @contextmanager

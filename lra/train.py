@@ -30,7 +30,7 @@ from linrnn.models import param_groups
 from lra.batches import Batch, BatchStream, Examples, resident, stream_seed
 from lra.config import Cell
 from lra.differences import plan_differences
-from lra.distributed import SOLO, Team
+from lra.distributed import SOLO, Team, check_shares
 from lra.evaluate import Scorer, evaluate
 from lra.files import write_csv, write_whole
 from lra.interrupt import Flag, Interrupted, listening
@@ -277,11 +277,7 @@ def fit(
         logging.getLogger(name).setLevel(logging.WARNING)  # advertisements and device listings
     trainee = Trainee(net, score, cell, team)
     stream = BatchStream(train, cell.optim.batch_size, cell.seed, team.rank, team.world, net.multiple)
-    if stream.plan.batch_size % team.world:
-        raise ValueError(
-            f"optim.batch_size {stream.plan.batch_size} does not divide by the {team.world} processes that share a "
-            f"batch (devices x nodes); change one of them"
-        )
+    check_shares(stream.plan.batch_size, team.world)  # of few training rows they may be less than the cell's
     last = folder / LAST
     if resumes := team.tell(last.exists):
         check_resumable(last, trainee.plan)

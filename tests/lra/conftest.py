@@ -39,7 +39,7 @@ def tiny() -> Callable[..., Cell]:
     def build(**changes: Any) -> Cell:
         config = {**TINY}
         for key, value in changes.items():
-            config[key] = {**config[key], **value} if isinstance(value, dict) else value
+            config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
         return cell_from_dict(config)
 
     return build
