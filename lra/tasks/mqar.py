@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lra.checks import check
 from lra.tasks.base import IGNORED
-from lra.tasks.controls import FIRST, Control, Rows, choose
+from lra.tasks.controls import FIRST, Control, Rows, choose, padded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,8 +99,17 @@ class MQAR(Control):
         return Rows(ids, labels, length, {})
 
     def reference_lines(self, splits: Mapping[str, Dataset]) -> dict[str, float]:
-        """Adds the rule that always answers one of the values shown: right for one query in n_pairs."""
-        return {**super().reference_lines(splits), "one value of the sequence": 1 / self.n_pairs}
+        """Adds two rules that match no key: one value of the sequence, and the values in the order shown.
+
+        The first is right for one query in n_pairs; the second for more, since the first key is likely asked first.
+        """
+        ids, labels = padded(splits["test"], "input_ids", 0), padded(splits["test"], "labels", IGNORED)
+        values = ids[:, 1 : 2 * self.n_pairs : 2] - FIRST - 1 - self.n_classes
+        return {
+            **super().reference_lines(splits),
+            "one value of the sequence": 1 / self.n_pairs,
+            "values in the order shown": float((values.ravel() == labels[labels != IGNORED]).mean()),
+        }
 
 
 def _fill(rng: np.random.Generator, ids: np.ndarray, keys: np.ndarray, vocab: int) -> None:
