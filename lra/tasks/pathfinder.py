@@ -16,8 +16,8 @@ difficulty that it uses, 14 bars a curve. Worth knowing:
 - The number of distractors is computed from the length of the curves; the release's own may have been computed from
   that of the easy ones, which gives twice as many: `distractors: easy`.
 - One end that can be marked is always near the middle of the image.
-- The distance between the discs says a little: alone it is right in 53 % of the images of 32 pixels, 52 to 54 % of the
-  larger ones. It is among the reference lines.
+- The distance between the discs says a little: whether it lies in the best interval is right in 55 % of the images of
+  32 pixels, 51 % of 128 and 63 % of 256. It is among the reference lines.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class Pathfinder(Task):
         return describe_release(self, data_dir) if self.images == "release" else {}
 
     def reference_lines(self, splits: Mapping[str, Dataset]) -> dict[str, float]:
-        """Returns the test accuracies of the most frequent label and of the best threshold of the markers' distance."""
+        """Returns the test accuracies of the most frequent label and of the markers' distance alone."""
         from lra.tasks.base import column
 
         lines = super().reference_lines(splits)
@@ -175,7 +175,7 @@ class Pathfinder(Task):
             train, test = (
                 (column(splits[name], "distance"), column(splits[name], "label")) for name in ("train", "test")
             )
-            lines["marker distance"] = _threshold_accuracy(*train, *test)
+            lines["marker distance"] = interval_accuracy(*train, *test)
         return lines
 
     def strata(self, split: Dataset) -> dict[str, np.ndarray]:
@@ -226,15 +226,19 @@ class PathX256(PathX):
     size: ClassVar[int] = 256
 
 
-def _threshold_accuracy(x: np.ndarray, label: np.ndarray, test_x: np.ndarray, test_label: np.ndarray) -> float:
-    """Test accuracy of the rule `x <= t`, or its opposite, that is most often right in training."""
+def interval_accuracy(x: np.ndarray, label: np.ndarray, test_x: np.ndarray, test_label: np.ndarray) -> float:
+    """Test accuracy of the rule `a <= x < b`, or its opposite, that is most often right in training."""
     import numpy as np
 
-    ones, zeros = int(np.sum(label == 1)), int(np.sum(label == 0))
-    gained = np.cumsum(np.bincount(x, np.where(label == 1, 1, -1)))  # ones less zeros up to each x
-    below, above = int(gained.argmax()), int(gained.argmin())
-    guess = test_x <= below if gained[below] + zeros >= ones - gained[above] else test_x > above
-    return float(np.mean(guess == (test_label == 1)))
+    best: tuple[int, int, int, int] | None = None
+    for inside in (1, 0):
+        gained = np.concatenate([[0], np.cumsum(np.bincount(x, np.where(label == inside, 1, -1)))]).astype(int)
+        b = int((gained - np.minimum.accumulate(gained)).argmax())
+        a = int(gained[: b + 1].argmin())
+        right = int(gained[b] - gained[a] + np.sum(label != inside))
+        best = max(best or (0, 0, 0, 0), (right, a, b, inside))
+    _, a, b, inside = best or (0, 0, 0, 0)
+    return float(np.mean(((a <= test_x) & (test_x < b)) == (test_label == inside)))
 
 
 def _split_sizes(n: int) -> dict[str, int]:

@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from linrnn.kernels import KernelUnavailable
 from lra.tasks import build_task, pathfinder_images, pathfinder_reference
 from lra.tasks.base import Ids, Levels, column, flat_column
-from lra.tasks.pathfinder import _threshold_accuracy
+from lra.tasks.pathfinder import interval_accuracy
 from lra.tasks.pathfinder_images import Block, Scene, make, scene
 from lra.tasks.pathfinder_stamps import GEOMETRY, SEEDS
 
@@ -38,6 +38,7 @@ def distance(block: Block) -> np.ndarray:
         (scene(128, "mid", "easy", True, False, 5), 7, 2),
         (hard(128, every_direction=True), 3, 1),
         (hard(256), 2**31, 3),
+        (Scene(32, 6, 300, 1, 30, 40, True, 0), 0, 2),  # until nothing more fits
     ],
 )
 def test_compiled_images_are_the_plain_ones_to_the_bit(drawn, first, count):
@@ -133,6 +134,15 @@ def test_few_distractors_as_in_2019_or_all_of_them():
     assert 4.5 < found[True].sum(1).mean() <= 5
 
 
+def test_distractors_end_where_less_than_a_hundredth_is_free():
+    canvas = pathfinder_reference.Canvas(GEOMETRY[32], hard(32).tables[0])
+    canvas.taken[:] = 255
+    canvas.taken[20, 10:21] = 76  # eleven of 1,024 pixels
+    assert not canvas.crowded()
+    canvas.taken[20, 10] = 77
+    assert canvas.crowded()
+
+
 @pytest.mark.parametrize(("equal", "ratio"), [(False, 4 / 3), (True, 1.0)])
 def test_distractors_are_brighter_at_32_unless_contrasts_are_equal(equal, ratio):
     block = make(scene(32, "hard", "length", equal, True, 0), 0, 300)
@@ -202,13 +212,14 @@ def test_splits_do_not_depend_on_the_workers_and_survive_the_cache(tmp_path, mon
     assert set(task.reference_lines(drawn)) == {"majority", "marker distance"}
 
 
-def test_threshold_accuracy_is_the_best_of_all_thresholds():
+def test_the_accuracy_of_an_interval_is_that_of_the_best():
     rng = np.random.default_rng(0)
     for flip in (False, True):
-        x = rng.integers(0, 30, 400)
-        label = ((x + rng.normal(0, 9, 400) < 12) ^ flip).astype(int)
-        rules = [((x <= t) ^ opposite) == label for t in range(30) for opposite in (False, True)]
-        assert _threshold_accuracy(x, label, x, label) == max(rule.mean() for rule in rules)
+        x = rng.integers(0, 20, 400)
+        label = ((np.abs(x - 8 + rng.normal(0, 4, 400)) < 4) ^ flip).astype(int)
+        rules = [((a <= x) & (x < b)) == (label == inside) for a in range(20) for b in range(21) for inside in (0, 1)]
+        assert interval_accuracy(x, label, x, label) == max(rule.mean() for rule in rules)
+        assert interval_accuracy(x, label, np.array([8, 99]), np.array([not flip, flip])) == 1
 
 
 def test_pictures_show_both_labels(tmp_path):
