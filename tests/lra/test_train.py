@@ -133,6 +133,7 @@ def compiled(monkeypatch, backend: str) -> list[tuple[int, ...]]:
     return lengths
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo's own, which it hides elsewhere
 def test_a_compiled_network_has_the_same_curve_and_names(tiny, run, monkeypatch):
     """Its sequences are padded to few lengths, and nobody sees it in the result."""
     change = {"model": {"dropout": 0.0}, "task": {"min_length": 4, "max_tree_length": 300, "max_args": 8}}
@@ -147,6 +148,8 @@ def test_a_compiled_network_has_the_same_curve_and_names(tiny, run, monkeypatch)
 
 
 @pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning")
 @pytest.mark.parametrize("mixer", ["lru", "attention", "linear_attention"])
 def test_inductor_has_the_same_curve(tiny, run, mixer):
     change = {"model": {"dropout": 0.0, "mixer": mixer}}
