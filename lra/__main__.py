@@ -154,7 +154,7 @@ def sweep(
         scales: shares of the training rows, such as 0.01,0.1,1; null: budget.data alone.
         seeds: seeds of the grid.
         lrs: learning rates of the grid; null: optim.lr alone.
-        choose: lr: try `lrs` with the first seed, keep the best on validation for each model and phase, run the seeds.
+        choose: lr: try `lrs` with one more seed, keep the best on validation for each model and phase, run the seeds.
         match: widen or narrow the other mixers until their parameters match the first one's within 10 %.
         launcher: local: processes of this machine; slurm: a job array, which goes on without this program.
         slurm: what a job of the array asks for.
@@ -178,8 +178,10 @@ def sweep(
     how = How(place, launcher, slurm, jobs, minutes, dry_run)
     base = Cell(task=task, model=model, optim=optim, budget=budget, compute=compute, objective=objective)
     axes = {"mixers": mixers, "regimes": regimes, "shares": shares, "scales": scales, "seeds": seeds}
-    cells = grid(base, **axes, lrs=[optim.lr] if lrs is None else lrs, match=match)  # type: ignore[arg-type]
-    return Plan(cells, how, runs_dir, choose)
+    rates = [optim.lr] if lrs is None else lrs
+    # A choice sets the rates of the cells itself.
+    cells = grid(base, **axes, lrs=rates[:1] if choose else rates, match=match)  # type: ignore[arg-type]
+    return Plan(cells, how, runs_dir, rates if choose else None)
 
 
 def report(runs_dir: str = "runs", out: str | None = None) -> None:

@@ -52,7 +52,8 @@ class Plan:
     cells: list[Cell]
     how: How
     runs_dir: str = "runs"
-    choose: Literal["lr"] | None = None
+    choose_lrs: list[float] | None = None
+    """Rates of which the best is chosen for each model and phase before the cells are run."""
 
 
 def grid(
@@ -161,6 +162,10 @@ def _matched_once(matched: Any, model: Model, cell: Cell, target: int) -> Model:
 def run_plans(plans: Sequence[Plan]) -> None:
     """Runs the cells of all plans as one sweep, seed by seed, so that a sweep cut short holds whole seeds first."""
     cells = unique(cell for plan in plans for cell in plan.cells)
+    if plans[0].choose_lrs is not None:
+        from lra.choose import choose_lr
+
+        cells = choose_lr(cells, plans[0].choose_lrs, plans[0].runs_dir, plans[0].how)
     run_sweep(sorted(cells, key=lambda cell: cell.seed), plans[0].runs_dir, plans[0].how)
 
 

@@ -1,6 +1,8 @@
 """The command line as a newcomer meets it: light help, merged presets, errors of one line with exit code 2."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import lra.data
 from lra.__main__ import COMMANDS, main, prepare
 from lra.presets import configs_dir, presets, read
 
@@ -279,6 +282,62 @@ def test_a_corrupted_cache_is_named_with_the_cure(tiny_yaml, tmp_path, capsys):
     assert main(["data", tiny_yaml, "--cache-dir", str(cache), "--force"]) == 0
     assert arrow.read_bytes() == whole
     shutil.rmtree(tmp_path / "runs")
+
+
+def half_written(folder: Path) -> list[str]:
+    return [str(path) for path in folder.rglob("*") if "tmp" in path.relative_to(folder).as_posix()]
+
+
+@pytest.mark.parametrize("name", ["result.json", "last.ckpt", "config.yaml", "dataset_info.json"])
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tiny_yaml, tmp_path, capsys, monkeypatch, name):
+    """Whatever is written last: the files of a cell by renaming, those of a data set in a folder that is renamed."""
+    argv = ["run", tiny_yaml, "--accelerator", "cpu"]
+    argv += ["--runs-dir", str(tmp_path / "runs"), "--cache-dir", str(tmp_path / "cache")]
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    real_replace, real_save = os.replace, lra.data._save
+
+    def replace(source, target):
+        if Path(target).name == name:
+            raise full
+        real_replace(source, target)
+
+    def save(split, folder):
+        real_save(split, folder)
+        if (folder / name).exists():
+            raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        patch.setattr(lra.data, "_save", save)
+        error = refused(capsys, *argv)
+    assert "disk" in error and "is full" in error and "free some space" in error, error
+    assert name == "dataset_info.json" or name in error
+    assert not list((tmp_path / "runs").rglob(name)) and not half_written(tmp_path / "cache")
+    assert not half_written(tmp_path / "runs")
+    assert main(argv) == 0 and len(list(tmp_path.rglob("result.json"))) == 1
+
+
+def test_a_foreign_checkpoint_is_refused_in_one_line(tiny_yaml, cache_dir, tmp_path, capsys):
+    argv = ["run", tiny_yaml, "--cache-dir", cache_dir, "--runs-dir", str(tmp_path), "--accelerator", "cpu"]
+    assert main([*argv, "--optim.lr", "0.002"]) == 0
+    [theirs] = tmp_path.rglob("last.ckpt")
+    assert main([*argv, "--seed", "1"]) == 0
+    [ours] = [path for path in tmp_path.rglob("last.ckpt") if "seed1" in str(path)]
+    shutil.copy(theirs, ours)
+    (ours.parent / "result.json").unlink()
+    error = refused(capsys, *argv, "--seed", "1")
+    assert str(ours) in error and "another run" in error and "lr" in error and "move it away" in error
+
+
+def test_a_data_folder_without_the_data_is_refused_and_leaves_no_data(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    argv = ["data", "image", "--data-dir", str(tmp_path / "data"), "--cache-dir", str(tmp_path / "cache")]
+    error = refused(capsys, *argv)
+    assert str(tmp_path / "data") in error and "train" in error
+    (tmp_path / "data" / "train.parquet").write_bytes(b"PAR1 cut off")
+    (tmp_path / "data" / "test.parquet").write_bytes(b"PAR1 cut off")
+    assert "train.parquet" in refused(capsys, *argv)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 def test_report_of_an_empty_or_damaged_folder(tmp_path, capsys):

@@ -16,7 +16,7 @@ from lra.interrupt import Interrupted, listening, until
 from lra.launch import LaunchError, Place, Slurm, submit
 from lra.train import LAST
 
-LONG = {"steps": 600, "evaluations": 2}
+LONG = {"steps": 400, "evaluations": 2, "checkpoint_every": 20}
 
 
 def wait_for(what, seconds: float = 120.0) -> None:

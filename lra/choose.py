@@ -1,0 +1,79 @@
+"""The learning rates of a sweep, chosen on validation: for each task, model and phase apart, with a seed of their own.
+
+The grid is the same for every model. Pretraining is chosen by its own validation metric, then fine-tuning starts from
+the winner; the seeds of the sweep are run with the winners and have taken no part in the choice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lra.config import Cell
+from lra.files import read_json, write_json
+from lra.sweep import How, SweepError, run_sweep, unique
+
+TRIALS, CHOSEN = "choosing", "chosen.json"
+
+
+def choose_lr(cells: Sequence[Cell], lrs: Sequence[float], runs_dir: str | Path, how: How) -> list[Cell]:
+    """Tries the rates and returns the cells with the best ones.
+
+    The trials are in `runs_dir`/choosing; `runs_dir`/chosen.json records every rate's validation score and the winners.
+
+    Raises:
+        ValueError: a launcher that does not wait for results, or fewer than two rates.
+        SweepError: no rate of a grid ended in a result.
+        Unfinished: the time of the slice is over; the same call goes on.
+    """
+    if how.launcher != "local" or how.dry_run:
+        raise ValueError("--choose needs results to choose from: use it with --launcher local and without --dry-run")
+    if len(set(lrs)) < 2:
+        raise ValueError(f"--choose lr needs at least two values of --lrs; got {', '.join(f'{lr:g}' for lr in lrs)}")
+    folder = Path(runs_dir) / TRIALS
+    seed = max(cell.seed for cell in cells) + 1
+    groups = {group(cell): replace(cell, seed=seed) for cell in cells}
+    chosen: dict[str, float] = {}
+    record: list[dict[str, Any]] = []
+    for regimes in (("pretrain", "scratch"), ("finetune",)):
+        trials = {
+            name: {lr: with_rates(cell, lr, chosen) for lr in lrs}
+            for name, cell in groups.items()
+            if cell.regime in regimes
+        }
+        try:
+            run_sweep(unique(cell for tried in trials.values() for cell in tried.values()), folder, how)
+        except SweepError as error:  # a rate that diverges has lost, and is no reason to stop
+            print(f"lra: {error}", flush=True)
+        for name, tried in trials.items():
+            scores = {lr: score for lr, cell in tried.items() if (score := validation(folder, cell)) is not None}
+            if not scores:
+                raise SweepError(f"{name}: no learning rate of {', '.join(f'{lr:g}' for lr in lrs)} has a result")
+            chosen[name] = max(scores, key=lambda lr: scores[lr])
+            record.append({"cell": name, "seed": seed, "validation": scores, "lr": chosen[name]})
+    write_json(Path(runs_dir) / CHOSEN, record)
+    return unique(with_rates(cell, None, chosen) for cell in cells)
+
+
+def group(cell: Cell) -> str:
+    """What shares a rate: everything but the seed and the rates, as the key such a cell would have."""
+    return replace(cell, seed=0, optim=replace(cell.optim, lr=1.0, pretrain_lr=1.0)).key
+
+
+def with_rates(cell: Cell, lr: float | None, chosen: dict[str, float]) -> Cell:
+    """`cell` with `lr` in its own phase, or the chosen rate, and the chosen rate in the pretraining before it."""
+    own = chosen[group(cell)] if lr is None else lr
+    if cell.regime == "finetune":
+        return replace(cell, optim=replace(cell.optim, lr=own, pretrain_lr=chosen[group(cell.pretraining())]))
+    return replace(cell, optim=replace(cell.optim, lr=own, pretrain_lr=own))
+
+
+def validation(folder: Path, cell: Cell) -> float | None:
+    """The best validation score of a cell, or None if it has no result."""
+    from lra.cell import RESULT
+
+    path = folder / cell.key / RESULT
+    if not path.exists():
+        return None
+    result = read_json(path)
+    return result["val"][result["metric"]]
