@@ -8,6 +8,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Iterator
+from copy import copy
 from functools import lru_cache
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,13 +45,15 @@ class Side(NamedTuple):
 class Batch(NamedTuple):
     """B rows: their input, or two; labels (B,), or (B, T) of a dense task; and which share of a step's rows they are.
 
-    `share` is (rank, world): of the rows of the step, those at rank, rank + world, ...
+    Of a dense task no row has more than `asked` labels. `share` is (rank, world): of the rows of the step, those at
+    rank, rank + world, ...
     """
 
     first: Side
     second: Side | None
     labels: Tensor
     share: tuple[int, int] = (0, 1)
+    asked: int = 1
 
     @property
     def sides(self) -> list[Side]:
@@ -61,7 +64,7 @@ class Batch(NamedTuple):
             return Side(send(side.inputs, device), None if side.mask is None else send(side.mask, device))
 
         second = None if self.second is None else move(self.second)
-        return Batch(move(self.first), second, send(self.labels, device), self.share)
+        return Batch(move(self.first), second, send(self.labels, device), self.share, self.asked)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -133,6 +136,7 @@ class Examples:
 
     def __init__(self, sides: list[Ragged], labels: Tensor | Ragged, pad: int):
         self.sides, self.labels, self.pad = sides, labels, pad
+        self.asked = 1 if isinstance(labels, Tensor) else most_labels(labels)
         self.lengths = np.sum([side.lengths for side in sides], axis=0)
 
     def __len__(self) -> int:
@@ -158,7 +162,9 @@ class Examples:
 
     def to(self, device: torch.device) -> "Examples":
         """The same rows on a device; lengths stay with the CPU, which plans the batches."""
-        return Examples([side.to(device) for side in self.sides], self.labels.to(device), self.pad)
+        moved = copy(self)
+        moved.sides, moved.labels = [side.to(device) for side in self.sides], self.labels.to(device)
+        return moved
 
     def batch(self, rows: np.ndarray, rank: int = 0, world: int = 1, multiple: int = 1) -> Batch:
         """The rows of a step that fall to `rank`, padded to the longest of all of them.
@@ -179,12 +185,19 @@ class Examples:
         else:
             labels, mask = self.labels.gather(mine, sides[0].inputs.shape[1])
             labels = (labels if mask is None else labels.masked_fill(~mask, IGNORED)).long()
-        return Batch(sides[0], sides[1] if len(sides) > 1 else None, labels, (rank, world))
+        return Batch(sides[0], sides[1] if len(sides) > 1 else None, labels, (rank, world), self.asked)
 
     def shuffled(self, block: int, seed: int) -> "Examples":
         """The same rows with their blocks of `block` positions in random order (a last, shorter block stays last)."""
         rng = np.random.default_rng(stream_seed(seed, "shuffle", block))
         return Examples([shuffle_blocks(side, block, rng) for side in self.sides], self.labels, self.pad)
+
+
+def most_labels(labels: Ragged) -> int:
+    """Most labels that a row has: at least 1."""
+    given = np.concatenate([[0], np.cumsum((labels.flat != IGNORED).numpy())])
+    offsets = labels.offsets.numpy()
+    return max(1, int(np.diff(given[offsets]).max(initial=0)))
 
 
 def shuffle_blocks(rows: Ragged, block: int, rng: np.random.Generator) -> Ragged:

@@ -55,11 +55,11 @@ def accuracies(net: Net, examples: Examples) -> np.ndarray:
     net.eval()
     right = np.empty(len(examples))
     for rows, batch in evaluation_batches(examples, multiple=net.multiple):
-        hits = net.classify(batch.to(device)).argmax(-1).cpu() == batch.labels.cpu()
+        logits, labels = net.classify(batch.to(device))
+        hits = (logits.argmax(-1) == labels).double()  # a label of -100 is never hit
         if hits.ndim == 2:
-            asked = (batch.labels != IGNORED).cpu()
-            hits = (hits & asked).sum(1).double() / asked.sum(1)
-        right[rows] = hits.double().numpy()
+            hits = hits.sum(1) / (labels != IGNORED).sum(1)
+        right[rows] = hits.cpu().numpy()
     return right
 
 

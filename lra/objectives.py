@@ -130,13 +130,23 @@ class Net(nn.Module):
         assert isinstance(self.inputs, Levels)
         return (levels.float() - self.inputs.mean) / self.inputs.std
 
-    def classify(self, batch: Batch) -> Tensor:
-        """Logits (B, n_classes), or (B, T, n_classes) of a dense task."""
-        first, second = batch.first, batch.second
+    def classify(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits and labels: (B, n_classes) and (B,), or (B, asked, n_classes) and (B, asked) of a dense task.
+
+        Rows of a dense task with fewer labels are filled up with positions whose label is -100.
+        """
+        first, second, labels = batch.first, batch.second, batch.labels
         with self.autocast(first.inputs.device):
+            x = self.read(first.inputs)
+            if labels.ndim == 2:
+                # the head may have thousands of outputs: only where there is a label, and without a count to wait for
+                at = (labels == IGNORED).long().argsort(dim=1, stable=True)[:, : batch.asked]  # (B, asked)
+                features = self.body.pool(x, first.mask)
+                picked = features.gather(1, at[..., None].expand(-1, -1, features.shape[-1]))
+                return self.body.head(self.body.dropout(picked)), labels.gather(1, at)
             if second is None:
-                return self.body(self.read(first.inputs), first.mask)
-            return self.body(self.read(first.inputs), first.mask, self.read(second.inputs), second.mask)
+                return self.body(x, first.mask), labels
+            return self.body(x, first.mask, self.read(second.inputs), second.mask), labels
 
     def recover(self, inputs: Tensor, mask: Tensor | None, hidden: Tensor | None, at: Tensor) -> Tensor:
         """Predictions at the positions `at` (n,), counted through the rows one after another: (n, outputs)."""
@@ -148,7 +158,7 @@ class Net(nn.Module):
 
 def classification(net: Net, batch: Batch) -> Score:
     """Cross-entropy of the labels; positions of a dense task without a label count for nothing."""
-    logits, labels = net.classify(batch), batch.labels
+    logits, labels = net.classify(batch)
     if labels.ndim == 2:
         logits, labels = logits.flatten(0, 1), labels.flatten()
     asked = labels != IGNORED

@@ -81,6 +81,7 @@ def test_labels_of_positions_are_padded_with_ignored():
     batch = Examples.from_dataset(split, Tags()).batch(np.arange(6))
     expected = torch.where(batch.first.real, batch.first.inputs % 3, IGNORED)
     assert torch.equal(batch.labels, expected) and batch.labels.dtype == torch.int64
+    assert batch.asked == max(map(len, rows)), "as many as the row with most labels has"
 
 
 def test_rows_of_one_length_need_no_mask():

@@ -51,12 +51,12 @@ def test_classification_is_cross_entropy():
 def test_classification_of_positions_leaves_out_those_without_a_label():
     net, batch = make(True, denoise=False, pooling="none")
     labels = torch.full((3, 6), IGNORED)
-    labels[0, 2], labels[2, 1] = 3, 0
-    score = classification(net, batch._replace(labels=labels))
-    logits = net.body(*batch.first)
-    expected = F.cross_entropy(logits[[0, 2], [2, 1]], torch.tensor([3, 0]), reduction="sum")
+    labels[0, 2], labels[0, 5], labels[2, 1] = 3, 1, 0
+    score = classification(net, batch._replace(labels=labels, asked=2))
+    logits = net.body(*batch.first)[[0, 0, 2], [2, 5, 1]]
+    expected = F.cross_entropy(logits, torch.tensor([3, 1, 0]), reduction="sum")
     torch.testing.assert_close(score.loss, expected)
-    assert score.scored == 2
+    assert score.scored == 3 and score.correct == (logits.argmax(1) == torch.tensor([3, 1, 0])).sum()
 
 
 def test_classification_of_two_inputs_compares_them():
