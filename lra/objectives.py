@@ -107,6 +107,8 @@ class Net(nn.Module):
         self.precision = how.precision
         if how.compile:
             self.multiple = COMPILED_MULTIPLE
+            # some layers are compiled for every length; beyond the limit, 8, they would run uncompiled
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             # what stands around the blocks looks at its inputs, which a compiler cannot
             self.body.backbone.compile(dynamic=True)
         return self
