@@ -272,7 +272,7 @@ def test_bad_types():
 def test_build_task_refuses_the_unknown():
     with pytest.raises(ValueError, match="unknown task 'listopz'; the tasks are: listops"):
         build_task("listopz")
-    with pytest.raises(ValueError, match="unknown option 'depth' of task 'listops'; the options are: .*n_train, "):
+    with pytest.raises(ValueError, match=r"unknown option 'depth' of task 'listops'; the options are: .*n_train, "):
         build_task("listops", depth=3)
 
 
