@@ -34,7 +34,7 @@ def show_tasks(cache_dir: str | None) -> None:
         here = "yes" if data_folder(task, cache_dir).exists() else f"lra data {name}"
         splits = " / ".join(f"{n:,}" for n in task.rows.values()) if task.rows else "as the source has"
         length = f"{'2 x ' if task.two_inputs else ''}{task.max_length:,}"
-        numbers = [str(task.n_classes), f"{1 / task.n_classes:.0%}", length, task.encoding, splits]
+        numbers = [str(task.n_classes), f"{100 / task.n_classes:.2g}%", length, task.encoding, splits]
         rows.append([name, *numbers, f"{task.mask_rate:.0%}", task.pooling, here])
     columns = "task,classes,chance,longest,encoding,train / val / test,masked,pooling,data here".split(",")
     table("Tasks, with their defaults", columns, rows)
@@ -92,7 +92,7 @@ def _params_table(config: dict[str, Any], model: Model, names: list[str]) -> Non
 
     cell = Cell(task=config, model=model)
     task = cell.build_task()
-    rows = []
+    rows, notes = [], []
     for name in names:
         plain = with_mixer(model, name)
         check_mixer(plain)
@@ -106,11 +106,13 @@ def _params_table(config: dict[str, Any], model: Model, names: list[str]) -> Non
             fitted = model_family(model, cell, [names[0], name], match=True)[1]
             fit = [str(fitted.d_model), f"{sizes(fitted, task)['total']:,}"]
         except ValueError as error:
-            fit = ["none", str(error)]
+            fit = ["none", "-"]
+            notes.append(f"{name}: {error}")
         rows.append([name, str(plain.d_model), *counts, *fit])
     columns = ["mixer", "width", "parameters", "in blocks", "matched width", "parameters"]
     direction = "both directions" if model.bidirectional else "causal"
     table(f"{task.name}, {model.n_layers} blocks, {direction}, matched to {names[0]}", columns, rows)
+    print("".join(f"{note}\n" for note in notes), end="")
 
 
 def show_result(result: dict[str, Any], folder: Path) -> None:

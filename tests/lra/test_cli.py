@@ -353,9 +353,10 @@ def test_from_data_to_report(tiny_yaml, cache_dir, tmp_path, capsys):
     assert main(["tasks", "--cache-dir", cache_dir]) == 0
     out = capsys.readouterr().out
     assert "listops" in out and "96,000 / 2,000 / 2,000" in out and "listops_quick" in out
-    assert main(["params", tiny_yaml]) == 0
+    assert main(["params", tiny_yaml, "--mixers", "lru,attention,nystrom", "--both"]) == 0
     out = capsys.readouterr().out
-    assert "lru" in out and "attention" in out
+    assert "both directions, matched to lru" in out and "causal, matched to lru" in out
+    assert "nystrom: model.bidirectional" in out, "what fits no width is said below its table"
     for extra in (["--dry-run"], []):
         assert main(["sweep", tiny_yaml, "--seeds", "0,1", "--mixers", "lru", *extra, *common]) == 0
         out = capsys.readouterr().out
