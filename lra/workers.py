@@ -38,7 +38,7 @@ def in_workers(work: Work, world: int, accelerator: str, say: Say) -> Any:
     if os.name == "posix":
         context.set_forkserver_preload(["lra.cell", "lra.train", "lra.workers"])
     threads = max(1, torch.get_num_threads() // world)
-    processes, connections = [], []
+    processes, connections, orderly = [], [], False
     with tempfile.TemporaryDirectory() as folder, listening() as flag:
         try:
             for rank in range(world):
@@ -50,11 +50,15 @@ def in_workers(work: Work, world: int, accelerator: str, say: Say) -> Any:
                 processes.append(process)
                 connections.append(ours)
             result = _attend(processes, connections, flag, say)
-            for process in processes:
-                process.join(GRACE)
+            orderly = True
             return result
+        except Interrupted:
+            orderly = True
+            raise
         finally:
             for process in processes:
+                if orderly:
+                    process.join(GRACE)
                 process.kill()
                 process.join()
 
