@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lra.choose import TRIALS
 from lra.files import read_json
 from lra.groups import SETTINGS, Group, budget_of, direction, identity, mixer_of, model_names, setting
 
@@ -93,7 +94,7 @@ def task_changes(task: dict[str, Any], *, data_only: bool = False) -> list[str]:
 
 
 def load_results(runs_dir: Path) -> list[dict[str, Any]]:
-    """Every `result.json` below a folder, sorted by path.
+    """Every `result.json` below a folder, sorted by path, less those by which a sweep has chosen its rates.
 
     Raises:
         ValueError: no folder, no result, or a file that is damaged or no result of this program; it is named.
@@ -102,6 +103,8 @@ def load_results(runs_dir: Path) -> list[dict[str, Any]]:
         raise ValueError(f"no folder {str(runs_dir)!r}; `lra run` and `lra sweep` write results to runs_dir")
     found = []
     for path in sorted(runs_dir.rglob("result.json")):
+        if TRIALS in path.relative_to(runs_dir).parts:
+            continue
         result = read_json(path)
         if problem := _problem(result):
             raise ValueError(
