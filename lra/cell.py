@@ -141,8 +141,8 @@ def config_yaml(cell: Cell) -> str:
 
 def _check_buildable(cell: Cell, task: Task, accelerator: str) -> None:
     """Refuses a bad model or device before any data is generated."""
+    from lra.distributed import device_kind
     from lra.networks import sizes
-    from lra.train import device_kind
 
     sizes(cell.model, task)
     device_kind(accelerator)

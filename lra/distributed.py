@@ -94,6 +94,18 @@ def portable(error: BaseException) -> BaseException:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
+def device_kind(accelerator: str) -> str:
+    """`gpu` or `cpu`; auto is the GPU if torch sees one.
+
+    Raises:
+        ValueError: gpu is asked for and there is none.
+    """
+    here = torch.cuda.is_available()
+    if accelerator == "gpu" and not here:
+        raise ValueError("accelerator gpu: torch sees no GPU here; use auto or cpu")
+    return "gpu" if here and accelerator != "cpu" else "cpu"
+
+
 def started_outside() -> "ClusterEnvironment | None":
     """What SLURM or torchrun says of this process, if it is one of several tasks that they started; else None."""
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
@@ -117,7 +129,6 @@ def check_processes(devices: int, nodes: int, accelerator: str) -> None:
             number of processes than those have started.
     """
     from lra.checks import check
-    from lra.train import device_kind
 
     check(devices >= 1, "devices", devices, "at least 1")
     check(nodes >= 1, "nodes", nodes, "at least 1")
@@ -175,8 +186,6 @@ def gathered_here(accelerator: str, rank: int, world: int, meeting: Path) -> Ite
 @contextmanager
 def connected(team: Team, accelerator: str, local_rank: int, address: str) -> Iterator[None]:
     """Connects the processes of a team; Lightning's strategy finds the group and uses it."""
-    from lra.train import device_kind
-
     gpu = device_kind(accelerator) == "gpu"
     if gpu:
         torch.cuda.set_device(local_rank)

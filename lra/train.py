@@ -5,7 +5,6 @@ metrics, checkpoint) happens at the end of that step's batch, so the checkpoint 
 nothing of step s + 1: a run resumed from it equals an uninterrupted one bit for bit (same machine, same threads).
 """
 
-import io
 import logging
 import math
 import signal
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -28,17 +26,14 @@ from torch.utils.data import DataLoader
 
 from linrnn.models import param_groups
 from lra.batches import Batch, BatchStream, Examples, resident, stream_seed
+from lra.checkpoints import BEST, LAST, METRICS, WholeFile, check_resumable
 from lra.config import Cell
-from lra.differences import plan_differences
-from lra.distributed import SOLO, Team, check_shares
+from lra.distributed import SOLO, Team, check_shares, device_kind
 from lra.evaluate import Scorer, evaluate
 from lra.files import write_csv, write_whole
 from lra.interrupt import Flag, Interrupted, listening
 from lra.objectives import Metric, Net, Score, measures
 from lra.progress import Progress
-
-# In a cell's folder: the weights that are kept, the state a run resumes from, the curve.
-BEST, LAST, METRICS = "best.safetensors", "last.ckpt", "metrics.csv"
 
 
 class Trainee(LightningModule):
@@ -78,30 +73,6 @@ def lr_factor(cell: Cell, step: int) -> float:
         return 1.0
     done = (step - warmup) / max(cell.steps - warmup, 1)
     return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-class WholeFile(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all.
-
-    Only the first process writes. Were it to raise at once, the others would wait for it: the error is kept for
-    `check`.
-    """
-
-    def __init__(self) -> None:
-        self.error: OSError | None = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)  # in memory, since its errors do not say that a disk is full
-        try:
-            write_whole(Path(path), lambda p: p.write_bytes(buffer.getbuffer()))
-        except OSError as error:
-            self.error = error
-
-    def check(self) -> None:
-        """Raises OSError if the last checkpoint could not be written."""
-        if self.error is not None:
-            raise self.error
 
 
 class Stream(LightningDataModule):
@@ -321,37 +292,6 @@ def fit(
         "device": _device_name(trainer.strategy.root_device),
         "processes": team.world,
     }
-
-
-def check_resumable(path: Path, plan: dict[str, Any]) -> None:
-    """Refuses a checkpoint that is damaged or of another configuration, naming what differs."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, threads = checkpoint["plan"], checkpoint["threads"]
-    except Exception as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it to start this run again") from error
-    if differences := plan_differences(theirs, plan):
-        raise ValueError(
-            f"{path} is a checkpoint of another run ({'; '.join(differences)}); move it away to start this run again"
-        )
-    if threads != torch.get_num_threads():
-        warnings.warn(
-            f"{path} was written with {threads} threads and is resumed with {torch.get_num_threads()}: "
-            f"the last bits of the result may differ",
-            stacklevel=2,
-        )
-
-
-def device_kind(accelerator: str) -> str:
-    """`gpu` or `cpu`; auto is the GPU if torch sees one.
-
-    Raises:
-        ValueError: gpu is asked for and there is none.
-    """
-    here = torch.cuda.is_available()
-    if accelerator == "gpu" and not here:
-        raise ValueError("accelerator gpu: torch sees no GPU here; use auto or cpu")
-    return "gpu" if here and accelerator != "cpu" else "cpu"
 
 
 def _device_name(device: torch.device) -> str:

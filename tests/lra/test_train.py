@@ -136,7 +136,11 @@ def compiled(monkeypatch, backend: str) -> list[tuple[int, ...]]:
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo's own, which it hides elsewhere
 def test_a_compiled_network_has_the_same_curve_and_names(tiny, run, monkeypatch):
     """Its sequences are padded to few lengths, and nobody sees it in the result."""
-    change = {"model": {"dropout": 0.0}, "task": {"min_length": 4, "max_tree_length": 300, "max_args": 8}}
+    change = {
+        "model": {"dropout": 0.0},
+        "task": {"min_length": 4, "max_tree_length": 300, "max_args": 8},
+        "budget": {"steps": 6, "evaluations": 2},
+    }
     plain, folder = run(tiny(**change), "plain")
     lengths = compiled(monkeypatch, "eager")
     same, other = run(tiny(**change, compute={"compile": True}), "compiled")
