@@ -319,7 +319,7 @@ def prepare(argv: list[str]) -> list[list[str]]:
     configs = [read([name for name, _ in names])] if command != "sweep" else []
     if command == "sweep":
         options, configs = read_sweep(names)
-    given_options = [f"--{key}={json.dumps(value)}" for key, value in options.items()]
+    given_options = [f"--{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in options.items()]
     lines = []
     for config in configs:
         kept = {k: v for k, v in config.items() if k in SECTIONS.get(command, config)}
