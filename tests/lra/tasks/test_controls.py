@@ -12,7 +12,7 @@ from lra.tasks import TASKS, build_task
 from lra.tasks.base import IGNORED
 from lra.tasks.controls import Control, choose
 
-SMALL = {"n_train": 400, "n_val": 60, "n_test": 90}
+SMALL = {"n_train": 400, "n_val": 60, "n_test": 91}
 CASES = {
     "mqar": ("mqar", {"vocab": 40, "length": 64, "n_pairs": 5}),
     "mqar full": ("mqar", {"vocab": 12, "length": 24, "n_pairs": 6}),
@@ -195,7 +195,7 @@ def test_data_depend_on_the_seed_and_not_on_workers_or_on_the_form_of_a_list():
 def test_blocks_are_not_repeated(monkeypatch):
     monkeypatch.setattr("lra.tasks.controls.BLOCK_TOKENS", 63 * 20)
     splits = build_task("delayed_xor", **SMALL, length=63, distance=20).generate()
-    assert {name: len(split) for name, split in splits.items()} == {"train": 400, "val": 60, "test": 90}
+    assert {name: len(split) for name, split in splits.items()} == {"train": 400, "val": 60, "test": 91}
 
 
 def test_short_sequences_that_run_out_are_spread_over_training_and_validation():
