@@ -1,17 +1,16 @@
 """The `lra` command: typed functions, one per subcommand; torch and Lightning are imported inside them."""
 
-import json
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from lra.arguments import prepare
 from lra.config import Budget, Cell, Compute, Model, Objective, Optim, Regime
 from lra.data import CacheError
 from lra.failures import explain
 from lra.launch import LaunchError, Place, Slurm
-from lra.presets import PLACES
 from lra.sweep import How, Launcher, Plan, SweepError, Unfinished
 
 LISTOPS = {"name": "listops"}
@@ -185,7 +184,7 @@ def sweep(
 
 
 def report(runs_dir: str = "runs", out: str | None = None) -> None:
-    """Write report.md, report.csv and report.png from the results in a folder, and print the tables.
+    """Write a report of the results in a folder (report.md, .html, .csv and pictures), and print its tables.
 
     Args:
         runs_dir: folder of the results, searched for result.json at any depth.
@@ -242,15 +241,7 @@ def quick(
 
 
 COMMANDS = {f.__name__: f for f in (tasks, data, run, sweep, report, params, quick)}
-TAKES_PRESETS = ("data", "run", "sweep", "params")
 UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h: try again
-LISTS = ("--mixers", "--regimes", "--shares", "--scales", "--seeds", "--lrs")
-# What a subcommand takes of a file that describes a whole run.
-SECTIONS = {
-    "data": ("task", "cache_dir", "data_dir"),
-    "params": ("task", "model"),
-    "sweep": ("task", "model", "optim", "budget", "compute", "objective", *PLACES),
-}
 DESCRIPTION = """The Long Range Arena with pretraining.
 Presets (`lra tasks` lists them) or YAML files come first, in the order in which they are merged; flags override them:
 lra run listops lru masked --seed 1 --optim.lr 5e-4"""
@@ -263,68 +254,6 @@ def _threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
-
-
-def prepare(argv: list[str]) -> list[list[str]]:
-    """Rewrites what a person types into what jsonargparse takes; of a sweep over several tasks, once per task.
-
-    `lra run listops lru --config my.yaml --dry-run --seeds 0,1` becomes one merged `--config` (so that flags override
-    files wherever they stand), `--dry_run=true` and `--seeds=[0,1]`.
-    """
-    if not argv or argv[0] not in COMMANDS:
-        return [argv]
-    command, rest = argv[0], argv[1:]
-    names: list[tuple[str, bool]] = []  # files in order; whether one that names a task adds it to a sweep
-    flags: list[str] = []
-    i = 0
-    while i < len(rest):
-        word = rest[i]
-        i += 1
-        if not word.startswith("-"):
-            if command == "report":
-                if any(f.startswith("--runs_dir=") for f in flags):
-                    raise ValueError(f"report takes one folder, searched at any depth; got a second one, {word!r}")
-                flags.append(f"--runs_dir={word}")
-            elif command in TAKES_PRESETS:
-                names.append((word, True))
-            else:
-                flags.append(word)
-            continue
-        if not word.startswith("--"):
-            flags.append(word)
-            continue
-        flag, given, value = word.partition("=")
-        flag = "--" + flag[2:].replace("-", "_")
-        if flag in ("--help", "--print_config"):
-            flags.append(word)
-            continue
-        if not given:
-            if i < len(rest) and not rest[i].startswith("--"):
-                value, i = rest[i], i + 1
-            else:
-                value = "true"
-        if flag == "--config":
-            names.append((value, False))
-        elif flag in LISTS and not value.startswith("["):
-            flags.append(f"{flag}=[{value}]")
-        else:
-            flags.append(f"{flag}={value}")
-            if flag == "--preset" and command == "sweep":
-                names.append((value, True))
-    if not names:
-        return [[command, *flags]]
-    from lra.presets import read, read_sweep
-
-    options: dict[str, Any] = {}
-    configs = [read([name for name, _ in names])] if command != "sweep" else []
-    if command == "sweep":
-        options, configs = read_sweep(names)
-    given_options = [f"--{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in options.items()]
-    lines = []
-    for config in configs:
-        kept = {k: v for k, v in config.items() if k in SECTIONS.get(command, config)}
-        lines.append([command, f"--config={json.dumps(kept)}", *given_options, *flags])
-    return lines
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -161,8 +161,9 @@ def _compute(
     cell: Cell, task: Task, folder: Path, where: Places, pretrained: dict[str, Any] | None, say: Say, team: "Team"
 ) -> dict[str, Any]:
     """Trains and scores; of a team, the first process returns the result and the others an empty one."""
-    from lra.batches import BatchPlan, Examples, describe, histogram, stream_seed
+    from lra.batches import BatchPlan, stream_seed
     from lra.costs import run_flops
+    from lra.examples import Examples, describe, histogram
     from lra.networks import build_net, load_weights, pooling, sizes
     from lra.provenance import provenance
     from lra.train import BEST, LAST, fit
@@ -265,8 +266,8 @@ def _test(net: Any, task: Task, split: Any, seed: int) -> tuple[dict[str, Any], 
     """Accuracies on the test split, as `result.json` has them, and the size of the split."""
     import numpy as np
 
-    from lra.batches import Examples, describe, resident
     from lra.evaluate import PROBED, accuracies, grouped, probe
+    from lra.examples import Examples, describe, resident
 
     test = Examples.from_dataset(split, task)
     right = accuracies(net, resident(test, next(net.parameters()).device))

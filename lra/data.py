@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lra.tasks.base import SPLITS
+from lra.tasks.base import SPLITS, chunks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -189,11 +189,11 @@ def _values_sha256(split: Dataset) -> str:
     import pyarrow as pa
 
     digest = hashlib.sha256()
-    table = split.with_format("arrow")[:]
-    for name in sorted(table.column_names):
-        column = table.column(name).combine_chunks()
-        digest.update(f"{name}: {column.type}\n".encode())
-        while pa.types.is_list(column.type):
-            column = column.flatten()
-        digest.update(column.to_numpy().tobytes())
+    for name in sorted(split.column_names):
+        for i, part in enumerate(chunks(split, name)):
+            if i == 0:
+                digest.update(f"{name}: {part.type}\n".encode())
+            while pa.types.is_list(part.type):
+                part = part.flatten()
+            digest.update(part.to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest()

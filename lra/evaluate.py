@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lra.batches import Batch, Examples, evaluation_batches, stream_seed
+from lra.batches import evaluation_batches, stream_seed
 from lra.distributed import SOLO, Team
+from lra.examples import Batch, Examples
 from lra.interrupt import Flag, Interrupted
 from lra.objectives import Metric, Net, Score, measures
 from lra.tasks.base import IGNORED
@@ -71,7 +72,12 @@ def probe(net: Net, examples: Examples, seed: int) -> dict[str, float]:
     """
     longest = max(int(side.lengths.max()) for side in examples.sides)
     blocks = [block for block in BLOCKS if 2 * block <= longest]
-    return {str(block): float(accuracies(net, examples.shuffled(block, seed)).mean()) for block in blocks}
+    return {
+        str(block): float(
+            accuracies(net, examples.shuffled(block, np.random.default_rng(stream_seed(seed, "shuffle", block)))).mean()
+        )
+        for block in blocks
+    }
 
 
 def grouped(right: np.ndarray, values: np.ndarray, groups: int = 4) -> list[dict[str, Any]]:

@@ -57,8 +57,8 @@ def show_data(
     picture: str | None,
 ) -> None:
     """Makes or checks a data set, prints its splits and reference lines, and writes a picture of it if asked."""
-    from lra.batches import Examples, describe
     from lra.data import data_folder, load
+    from lra.examples import Examples, describe
 
     task = Cell(task=config).build_task()
     splits = load(task, cache_dir, workers=workers, force=force, data_dir=data_dir)

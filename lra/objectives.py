@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linrnn.models import SequenceClassifier
-from lra.batches import Batch, Side, send
 from lra.config import Compute
+from lra.examples import Batch, Side, send
 from lra.tasks.base import IGNORED, Ids, Levels
 
 GRAYS = 256

@@ -33,6 +33,7 @@ class How:
     jobs: int = 1
     minutes: float | None = None
     dry_run: bool = False
+    deadline: float | None = field(init=False, default=None)  # on the monotonic clock: `minutes` from now
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
@@ -43,6 +44,8 @@ class How:
             raise ValueError(
                 "--minutes and --jobs belong to the local launcher; on a cluster use --slurm.time and --slurm.parallel"
             )
+        if self.minutes is not None:
+            object.__setattr__(self, "deadline", time.monotonic() + 60 * self.minutes)
 
 
 @dataclass(frozen=True)
@@ -162,11 +165,15 @@ def _matched_once(matched: Any, model: Model, cell: Cell, target: int) -> Model:
 def run_plans(plans: Sequence[Plan]) -> None:
     """Runs the cells of all plans as one sweep, seed by seed, so that a sweep cut short holds whole seeds first."""
     cells = unique(cell for plan in plans for cell in plan.cells)
-    if plans[0].choose_lrs is not None:
+    lrs, runs_dir, how = plans[0].choose_lrs, plans[0].runs_dir, plans[0].how
+    if lrs is not None and how.dry_run:
+        tried = ", ".join(f"{lr:g}" for lr in lrs)
+        print(f"of the learning rates {tried} each cell's is chosen first; as with {lrs[0]:g}:")
+    elif lrs is not None:
         from lra.choose import choose_lr
 
-        cells = choose_lr(cells, plans[0].choose_lrs, plans[0].runs_dir, plans[0].how)
-    run_sweep(sorted(cells, key=lambda cell: cell.seed), plans[0].runs_dir, plans[0].how)
+        cells = choose_lr(cells, lrs, runs_dir, how)
+    run_sweep(sorted(cells, key=lambda cell: cell.seed), runs_dir, how)
 
 
 def run_sweep(cells: Sequence[Cell], runs_dir: str | Path, how: How) -> None:
@@ -176,7 +183,6 @@ def run_sweep(cells: Sequence[Cell], runs_dir: str | Path, how: How) -> None:
         SweepError: some cells failed; they are named with their errors, and the same call tries them again.
         Unfinished: `how.minutes` are over; the same call goes on.
     """
-    began = time.monotonic()
     todo = [cell for cell in cells if not finished(cell, runs_dir)]
     print(f"{len(cells)} cells, {len(cells) - len(todo)} of them done", flush=True)
     if how.dry_run:
@@ -189,9 +195,8 @@ def run_sweep(cells: Sequence[Cell], runs_dir: str | Path, how: How) -> None:
         submit(todo, runs_dir, how.place, how.slurm, cluster=how.launcher.removeprefix("submitit-"))
         return
     place = replace(how.place, threads=how.place.threads or max(1, (os.cpu_count() or 1) // how.jobs))
-    deadline = None if how.minutes is None else began + 60 * how.minutes
     run = _here if how.jobs == 1 else _in_processes
-    failed, stopped = run(todo, str(runs_dir), place, deadline, how.jobs)
+    failed, stopped = run(todo, str(runs_dir), place, how.deadline, how.jobs)
     if failed:
         lines = "\n".join(f"  {key}: {error}" for key, error in failed.items())
         raise SweepError(f"{len(failed)} of {len(todo)} cells failed:\n{lines}")

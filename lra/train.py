@@ -25,11 +25,12 @@ from safetensors.torch import save
 from torch.utils.data import DataLoader
 
 from linrnn.models import param_groups
-from lra.batches import Batch, BatchStream, Examples, resident, stream_seed
+from lra.batches import BatchStream, stream_seed
 from lra.checkpoints import BEST, LAST, METRICS, WholeFile, check_resumable
 from lra.config import Cell
 from lra.distributed import SOLO, Team, check_shares, device_kind
 from lra.evaluate import Scorer, evaluate
+from lra.examples import Batch, Examples, resident
 from lra.files import write_csv, write_whole
 from lra.interrupt import Flag, Interrupted, listening
 from lra.objectives import Metric, Net, Score, measures

@@ -1,7 +1,7 @@
 """What a task is: a frozen dataclass of options that describes a data set, can make it, and says how to feed it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_origin
@@ -10,6 +10,7 @@ from lra.checks import check, check_types, field_type
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
     from datasets import Dataset
 
 Split = Literal["train", "val", "test"]
@@ -183,5 +184,18 @@ def column(split: "Dataset", name: str) -> "np.ndarray":
 
 def flat_column(split: "Dataset", name: str) -> "np.ndarray":
     """A column of lists, end to end, in its own integer type."""
+    import numpy as np
+
+    return np.concatenate([part.flatten().to_numpy(zero_copy_only=False) for part in chunks(split, name)])
+
+
+def chunks(split: "Dataset", name: str) -> "Iterator[pa.Array]":
+    """A column as the Arrow arrays it consists of: all in one would be too long for Arrow's 32-bit offsets.
+
+    There is at least one, which may be empty.
+    """
+    import pyarrow as pa
+
     table = split.select_columns([name]).with_format("arrow")[:]
-    return table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    parts = table.column(name).chunks
+    yield from parts or [pa.array([], table.column(name).type)]

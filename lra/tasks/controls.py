@@ -108,9 +108,9 @@ class Control(Task):
         # short sequences may run out early, so the pool is not in a random order
         order = np.random.default_rng([self.seed, 0]).permutation(self.n_train + self.n_val)
         return {
-            "train": self._dataset("train", pool.take(order[: self.n_train])),
-            "val": self._dataset("val", pool.take(order[self.n_train :])),
-            "test": self._dataset("test", _concatenate(parts)),
+            "train": self._dataset(pool.take(order[: self.n_train])),
+            "val": self._dataset(pool.take(order[self.n_train :])),
+            "test": self._dataset(_concatenate(parts)),
         }
 
     def _distinct(self, n: int, lengths: tuple[int, int], stream: int, seen: set[bytes], bar: tqdm) -> Iterator[Rows]:
@@ -140,12 +140,11 @@ class Control(Task):
                     f"{lengths[1]}: {n} more are asked for; lower n_train, n_val or n_test, or use longer sequences"
                 )
 
-    def _dataset(self, split: str, rows: Rows) -> Dataset:
-        import datasets
+    def _dataset(self, rows: Rows) -> Dataset:
         import numpy as np
         import pyarrow as pa
 
-        from lra.data import data_key
+        from lra.tasks.in_memory import in_memory
 
         real = np.arange(rows.ids.shape[1]) < rows.length[:, None]
         offsets = pa.array(np.concatenate([[0], np.cumsum(rows.length)]).astype(np.int32))
@@ -159,8 +158,7 @@ class Control(Task):
         else:
             columns["label"] = pa.array(rows.labels.astype(np.int32))
         columns |= {name: pa.array(values.astype(np.int32)) for name, values in rows.extra.items()}
-        # without a fingerprint `datasets` would hash a copy of it all
-        return datasets.Dataset(pa.table(columns), fingerprint=f"{data_key(self)}-{split}")
+        return in_memory(pa.table(columns))
 
 
 def _concatenate(parts: list[Rows]) -> Rows:

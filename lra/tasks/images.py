@@ -244,9 +244,10 @@ class PSMnist(SMnist):
 
 
 def _dataset(levels: np.ndarray, labels: np.ndarray, index: np.ndarray, origin: bool) -> Dataset:
-    import datasets
     import numpy as np
     import pyarrow as pa
+
+    from lra.tasks.in_memory import in_memory
 
     n, size = levels.shape
     columns = {
@@ -257,4 +258,4 @@ def _dataset(levels: np.ndarray, labels: np.ndarray, index: np.ndarray, origin: 
         "index": pa.array(index.astype(np.int32)),
         "origin": pa.array(np.full(n, origin, np.uint8)),
     }
-    return datasets.Dataset(pa.table(columns))
+    return in_memory(pa.table(columns))

@@ -149,9 +149,10 @@ class ListOps(Task):
 
 
 def _dataset(trees: Trees) -> Dataset:
-    import datasets
     import numpy as np
     import pyarrow as pa
+
+    from lra.tasks.in_memory import in_memory
 
     start = np.concatenate([[0], np.cumsum(trees.length)]).astype(np.int32)
     columns = {
@@ -161,4 +162,4 @@ def _dataset(trees: Trees) -> Dataset:
         "operator": pa.array(trees.operator),
         "depth": pa.array(trees.depth),
     }
-    return datasets.Dataset(pa.table(columns))
+    return in_memory(pa.table(columns))

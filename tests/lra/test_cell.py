@@ -68,8 +68,8 @@ def test_a_computed_cell_returns_at_once(tiny, run, monkeypatch):
 
 def test_the_kept_weights_are_the_best_ones(tiny, run, cache_dir):
     """Scoring best.safetensors again gives the best validation row and the test accuracy of the record."""
-    from lra.batches import Examples
     from lra.data import load
+    from lra.examples import Examples
     from lra.objectives import classification
 
     cell = tiny(optim={"lr": 0.03})
@@ -109,7 +109,7 @@ def test_finetuning_starts_from_the_pretrained_body(tiny, run, monkeypatch):
 
 def test_pretraining_reads_training_inputs_alone(tiny, run, monkeypatch):
     """Neither labels nor the test split reach a pretrain cell; the classifier sees the first `labels` rows."""
-    from lra.batches import Examples
+    from lra.examples import Examples
 
     real, read = Examples.from_dataset.__func__, []
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 import lra.data
-from lra.__main__ import COMMANDS, main, prepare
+from lra.__main__ import COMMANDS, main
+from lra.arguments import prepare
 from lra.presets import configs_dir, presets, read
 
 
@@ -98,14 +99,14 @@ def test_presets_that_name_a_task_multiply_in_a_sweep(tiny_yaml, tmp_path):
 
 def test_a_sweep_preset_is_presets_and_options_that_flags_override(tiny_yaml, tmp_path):
     sweep = tmp_path / "mine.yaml"
-    section = {"presets": [tiny_yaml, "listops_quick"], "mixers": ["lru"], "seeds": [0, 1], "minutes": 5}
+    section = {"presets": [tiny_yaml, "listops_quick"], "mixers": ["lru"], "seeds": [0, 1], "choose": "lr"}
     sweep.write_text(yaml.safe_dump({"sweep": section, "optim": {"lr": 0.5}}))
     for words in (["sweep", str(sweep)], ["sweep", "--preset", str(sweep)]):
         lines = prepare([*words, "--seeds", "3"])
         assert [merged(line)["task"]["n_train"] for line in lines] == [60, 30000]
         for line in lines:
             assert merged(line)["optim"]["lr"] == 0.5
-            assert {'--mixers=["lru"]', "--seeds=[0, 1]", "--minutes=5"} == set(line[2:5]) and line[-1] == "--seeds=[3]"
+            assert {'--mixers=["lru"]', "--seeds=[0, 1]", "--choose=lr"} == set(line[2:5]) and line[-1] == "--seeds=[3]"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from linrnn import layers
-from lra.batches import Batch, Side
 from lra.config import Model
+from lra.examples import Batch, Side
 from lra.networks import build_net
 from lra.objectives import classification, denoising
 from lra.presets import find, load, presets

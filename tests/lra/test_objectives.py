@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from linrnn.models import SequenceClassifier
-from lra.batches import Batch, Side
+from lra.examples import Batch, Side
 from lra.objectives import Net, causal_denoising, classification, draw_mask, masked_denoising, measures
 from lra.tasks import Ids, Levels
 from lra.tasks.base import IGNORED

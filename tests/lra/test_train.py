@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lra.batches import BatchStream, Examples, resident
+from lra.batches import BatchStream
 from lra.cell import run_cell, scorer
 from lra.config import Compute
 from lra.data import load
 from lra.distributed import Team
 from lra.evaluate import accuracies
+from lra.examples import Examples, resident
 from lra.files import write_whole
 from lra.networks import build_net
 from lra.train import BEST, LAST, fit
