@@ -120,6 +120,7 @@ def sweep(
     seeds: list[int] = [0, 1, 2],  # noqa: B006
     lrs: list[float] | None = None,
     choose: Literal["lr"] | None = None,
+    choose_share: float = 1.0,
     match: bool = True,
     launcher: Launcher = "local",
     slurm: Slurm = Slurm(),  # noqa: B008
@@ -154,6 +155,7 @@ def sweep(
         seeds: seeds of the grid.
         lrs: learning rates of the grid; null: optim.lr alone.
         choose: lr: try `lrs` with one more seed, keep the best on validation for each model and phase, run the seeds.
+        choose_share: share of its steps for which each rate is tried.
         match: widen or narrow the other mixers until their parameters match the first one's within 10 %.
         launcher: local: processes of this machine; slurm: a job array, which goes on without this program.
         slurm: what a job of the array asks for.
@@ -180,7 +182,7 @@ def sweep(
     rates = [optim.lr] if lrs is None else lrs
     # A choice sets the rates of the cells itself.
     cells = grid(base, **axes, lrs=rates[:1] if choose else rates, match=match)  # type: ignore[arg-type]
-    return Plan(cells, how, runs_dir, rates if choose else None)
+    return Plan(cells, how, runs_dir, rates if choose else None, choose_share)
 
 
 def report(runs_dir: str = "runs", out: str | None = None) -> None:

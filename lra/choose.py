@@ -16,13 +16,18 @@ from lra.sweep import How, SweepError, run_sweep, unique
 TRIALS, CHOSEN = "choosing", "chosen.json"
 
 
-def choose_lr(cells: Sequence[Cell], lrs: Sequence[float], runs_dir: str | Path, how: How) -> list[Cell]:
+def choose_lr(
+    cells: Sequence[Cell], lrs: Sequence[float], runs_dir: str | Path, how: How, share: float = 1.0
+) -> list[Cell]:
     """Tries the rates and returns the cells with the best ones.
 
     The trials are in `runs_dir`/choosing; `runs_dir`/chosen.json records every rate's validation score and the winners.
 
+    Args:
+        share: of a cell's steps, and of its evaluations, that a trial takes.
+
     Raises:
-        ValueError: a launcher that does not wait for results, or fewer than two rates.
+        ValueError: a launcher that does not wait for results, fewer than two rates, or a share outside (0, 1].
         SweepError: no rate of a grid ended in a result.
         Unfinished: the time of the slice is over; the same call goes on.
     """
@@ -30,6 +35,8 @@ def choose_lr(cells: Sequence[Cell], lrs: Sequence[float], runs_dir: str | Path,
         raise ValueError("--choose needs results to choose from: use it with --launcher local and without --dry-run")
     if len(set(lrs)) < 2:
         raise ValueError(f"--choose lr needs at least two values of --lrs; got {', '.join(f'{lr:g}' for lr in lrs)}")
+    if not 0 < share <= 1:
+        raise ValueError(f"choose_share must be in (0, 1]; got {share:g}")
     folder = Path(runs_dir) / TRIALS
     seed = max(cell.seed for cell in cells) + 1
     groups = {group(cell): replace(cell, seed=seed) for cell in cells}
@@ -37,7 +44,7 @@ def choose_lr(cells: Sequence[Cell], lrs: Sequence[float], runs_dir: str | Path,
     record: list[dict[str, Any]] = []
     for regimes in (("pretrain", "scratch"), ("finetune",)):
         trials = {
-            name: {lr: with_rates(cell, lr, chosen) for lr in lrs}
+            name: {lr: shorter(with_rates(cell, lr, chosen), share) for lr in lrs}
             for name, cell in groups.items()
             if cell.regime in regimes
         }
@@ -50,7 +57,7 @@ def choose_lr(cells: Sequence[Cell], lrs: Sequence[float], runs_dir: str | Path,
             if not scores:
                 raise SweepError(f"{name}: no learning rate of {', '.join(f'{lr:g}' for lr in lrs)} has a result")
             chosen[name] = max(scores, key=lambda lr: scores[lr])
-            record.append({"cell": name, "seed": seed, "validation": scores, "lr": chosen[name]})
+            record.append({"cell": name, "seed": seed, "share": share, "validation": scores, "lr": chosen[name]})
     write_json(Path(runs_dir) / CHOSEN, record)
     return unique(with_rates(cell, None, chosen) for cell in cells)
 
@@ -58,6 +65,12 @@ def choose_lr(cells: Sequence[Cell], lrs: Sequence[float], runs_dir: str | Path,
 def group(cell: Cell) -> str:
     """What shares a rate: everything but the seed and the rates, as the key such a cell would have."""
     return replace(cell, seed=0, optim=replace(cell.optim, lr=1.0, pretrain_lr=1.0)).key
+
+
+def shorter(cell: Cell, share: float) -> Cell:
+    """`cell` with a share of its steps and evaluations."""
+    steps, evaluations = max(2, round(share * cell.budget.steps)), max(1, round(share * cell.budget.evaluations))
+    return replace(cell, budget=replace(cell.budget, steps=steps, evaluations=evaluations))
 
 
 def with_rates(cell: Cell, lr: float | None, chosen: dict[str, float]) -> Cell:

@@ -8,7 +8,7 @@ from typing import Any
 # Keys of a file, as `lra run --print_config` writes it, that say where to compute and not what.
 PLACES = ("runs_dir", "cache_dir", "data_dir", "accelerator", "devices", "nodes", "threads")
 # What the `sweep` section of a file in configs/sweep may hold: the presets it starts from, and options of `lra sweep`.
-SWEEP = ("presets", "mixers", "regimes", "shares", "scales", "seeds", "lrs", "match", "jobs", "minutes", "choose")
+SWEEP = tuple("presets mixers regimes shares scales seeds lrs match jobs minutes choose choose_share".split())
 
 
 def configs_dir() -> Path:

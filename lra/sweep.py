@@ -56,6 +56,7 @@ class Plan:
     how: How
     runs_dir: str = "runs"
     choose_lrs: list[float] | None = None
+    choose_share: float = 1.0
     """Rates of which the best is chosen for each model and phase before the cells are run."""
 
 
@@ -172,7 +173,7 @@ def run_plans(plans: Sequence[Plan]) -> None:
     elif lrs is not None:
         from lra.choose import choose_lr
 
-        cells = choose_lr(cells, lrs, runs_dir, how)
+        cells = choose_lr(cells, lrs, runs_dir, how, plans[0].choose_share)
     run_sweep(sorted(cells, key=lambda cell: cell.seed), runs_dir, how)
 
 

@@ -34,7 +34,7 @@ def scored(monkeypatch, tmp_path):
 
 def test_each_phase_has_its_rate_and_the_seeds_are_fresh(tiny, tmp_path, scored):
     cells = grid(tiny(), mixers=["lru"], seeds=[0, 1], lrs=[LRS[0]], match=False)
-    final = choose_lr(cells, LRS, tmp_path, How())
+    final = choose_lr(cells, LRS, tmp_path, How(), 0.5)
     assert len(final) == len(cells) == 6 and {cell.seed for cell in final} == {0, 1}
     rates = {cell.regime: (cell.lr, cell.pretraining().lr) for cell in final}
     assert rates["scratch"][0] == 1e-1 and rates["pretrain"][0] == 1e-3 and rates["finetune"] == (1e-2, 1e-3)
@@ -42,6 +42,8 @@ def test_each_phase_has_its_rate_and_the_seeds_are_fresh(tiny, tmp_path, scored)
     assert all(cell.pretraining().key in keys for cell in final if cell.regime == "finetune")
     assert {cell.seed for _, cell in scored} == {2} and {folder.name for folder, _ in scored} == {"choosing"}
     assert len(scored) == 3 * 3
+    assert {cell.budget.steps for _, cell in scored} == {10} and {cell.budget.steps for cell in final} == {20}
+    assert len({cell.pretraining().key for _, cell in scored if cell.regime == "finetune"}) == 1, "one pretraining"
     record = json.loads((tmp_path / "chosen.json").read_text())
     assert [one["lr"] for one in record] == [1e-3, 1e-1, 1e-2] and set(record[0]["validation"]) == {"0.001", "0.1"}
 
