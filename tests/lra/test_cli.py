@@ -14,7 +14,8 @@ import yaml
 import lra.data
 from lra.__main__ import COMMANDS, main
 from lra.arguments import prepare
-from lra.presets import configs_dir, presets, read
+from lra.config import cell_from_dict
+from lra.presets import configs_dir, presets, read, read_sweep
 
 
 def refused(capsys, *argv: str) -> str:
@@ -128,6 +129,17 @@ def test_bad_sweep_presets_are_refused(tmp_path, capsys, text, expected):
 def test_the_sweeps_of_the_library_are_plans(name, capsys, tmp_path):
     assert main(["sweep", name, "--dry-run", "--runs-dir", str(tmp_path), "--match", "false"]) == 0
     assert "0 of them done" in capsys.readouterr().out
+
+
+def test_checkpoints_of_the_short_gpu_sweep_stay_small():
+    """A slice's checkpoints are carried between machines: weights and AdamW's two moments, 16 MiB at most."""
+    from lra.networks import sizes
+
+    _, configs = read_sweep([("gpu-short", True)])
+    assert len(configs) == 3
+    for config in configs:
+        cell = cell_from_dict(config)
+        assert 3 * 4 * sizes(cell.model, cell.build_task())["total"] * 1.1 < 16 * 2**20, "10 % for matched widths"
 
 
 def test_one_sweep_of_two_tasks(tiny_yaml, cache_dir, tmp_path, capsys):
