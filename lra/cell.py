@@ -263,18 +263,19 @@ def scorer(cell: Cell, task: Task) -> "Scorer":
 
 
 def _test(net: Any, task: Task, split: Any, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Accuracies on the test split, as `result.json` has them, and the size of the split."""
-    import numpy as np
+    """Accuracies on the test split, as `result.json` has them, and the size of the split.
 
-    from lra.evaluate import PROBED, accuracies, grouped, probe
+    They are over labels, as on the validation split: of a dense task over the positions that are asked, not over rows.
+    """
+    from lra.evaluate import PROBED, accuracies, grouped, overall, probe
     from lra.examples import Examples, describe, resident
 
     test = Examples.from_dataset(split, task)
     right = accuracies(net, resident(test, next(net.parameters()).device))
     groups = {"length": test.lengths, **task.strata(split)}
     scores = {
-        "accuracy": float(np.nanmean(right)),
-        "groups": {name: grouped(right, values) for name, values in groups.items()},
+        "accuracy": overall(right, test.counts),
+        "groups": {name: grouped(right, values, test.counts) for name, values in groups.items()},
         "shuffled": {} if task.dense else probe(net, Examples.from_dataset(split, task, PROBED), seed),
     }
     return scores, describe(test)

@@ -80,8 +80,15 @@ def probe(net: Net, examples: Examples, seed: int) -> dict[str, float]:
     }
 
 
-def grouped(right: np.ndarray, values: np.ndarray, groups: int = 4) -> list[dict[str, Any]]:
-    """Accuracy in groups of about equal size, smallest values first: range of values, number, accuracy.
+def overall(right: np.ndarray, counts: np.ndarray) -> float:
+    """Share of all labels that are right, from the share of each row (n,) and how many labels it has (n,)."""
+    return float(np.average(np.nan_to_num(right), weights=counts))
+
+
+def grouped(right: np.ndarray, values: np.ndarray, counts: np.ndarray, groups: int = 4) -> list[dict[str, Any]]:
+    """Accuracy in groups of about equal size, smallest values first: range of values, number of rows, accuracy.
+
+    The accuracy is over labels, of which row i has `counts[i]`, as in `overall`; a group without one is left out.
 
     Rows of one value are never split between groups, so there may be fewer groups than asked for; up to twice as many
     different values have a group each.
@@ -94,12 +101,14 @@ def grouped(right: np.ndarray, values: np.ndarray, groups: int = 4) -> list[dict
     rows = []
     for g in np.unique(group):
         inside = group == g
+        if not counts[inside].any():
+            continue
         rows.append(
             {
                 "min": int(values[inside].min()),
                 "max": int(values[inside].max()),
                 "n": int(inside.sum()),
-                "accuracy": float(np.nanmean(right[inside])),
+                "accuracy": overall(right[inside], counts[inside]),
             }
         )
     return rows

@@ -109,6 +109,8 @@ class Ragged:
 class Examples:
     """The rows of a split in memory, on any device, so that a batch costs one gather.
 
+    `counts` (n,) is how many labels each row has, `asked` the most of them.
+
     Args:
         sides: the input of each row, or the two inputs.
         labels: (n,) int64, or for a dense task one per position.
@@ -117,7 +119,8 @@ class Examples:
 
     def __init__(self, sides: list[Ragged], labels: Tensor | Ragged, pad: int):
         self.sides, self.labels, self.pad = sides, labels, pad
-        self.asked = 1 if isinstance(labels, Tensor) else most_labels(labels)
+        self.counts = np.ones(len(labels), np.int64) if isinstance(labels, Tensor) else label_counts(labels)
+        self.asked = max(1, int(self.counts.max(initial=0)))
         self.lengths = np.sum([side.lengths for side in sides], axis=0)
 
     def __len__(self) -> int:
@@ -173,11 +176,10 @@ class Examples:
         return Examples([shuffle_blocks(side, block, rng) for side in self.sides], self.labels, self.pad)
 
 
-def most_labels(labels: Ragged) -> int:
-    """Most labels that a row has: at least 1."""
+def label_counts(labels: Ragged) -> np.ndarray:
+    """How many labels each row has, (n,)."""
     given = np.concatenate([[0], np.cumsum((labels.flat != IGNORED).numpy())])
-    offsets = labels.offsets.numpy()
-    return max(1, int(np.diff(given[offsets]).max(initial=0)))
+    return np.diff(given[labels.offsets.numpy()])
 
 
 def shuffle_blocks(rows: Ragged, block: int, rng: np.random.Generator) -> Ragged:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lra.checks import check
 from lra.tasks.base import column
-from lra.tasks.controls import FIRST, Control, Rows, check_lengths, most_frequent, padded, row_accuracy
+from lra.tasks.controls import FIRST, Control, Rows, check_lengths, label_accuracy, most_frequent, padded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,7 +79,7 @@ class InductionHeads(Control):
     def reference_lines(self, splits: Mapping[str, Dataset]) -> dict[str, float]:
         """Adds the rule that answers the sequence's most frequent token: it counts and knows no order."""
         guess = most_frequent(padded(splits["test"], "input_ids", 0), ORDINARY, self.n_classes)
-        frequent = row_accuracy(guess, column(splits["test"], "label")[:, None])
+        frequent = label_accuracy(guess, column(splits["test"], "label")[:, None])
         return {**super().reference_lines(splits), "most frequent token of the sequence": frequent}
 
     def strata(self, split: Dataset) -> dict[str, np.ndarray]:

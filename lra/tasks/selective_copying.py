@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lra.checks import check
 from lra.tasks.base import IGNORED
-from lra.tasks.controls import FIRST, Control, Rows, choose, most_frequent, padded, row_accuracy
+from lra.tasks.controls import FIRST, Control, Rows, choose, label_accuracy, most_frequent, padded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,5 +89,5 @@ class SelectiveCopying(Control):
     def reference_lines(self, splits: Mapping[str, Dataset]) -> dict[str, float]:
         """Adds the rule that answers the sequence's most frequent data token: it counts and knows no order."""
         ids, labels = padded(splits["test"], "input_ids", 0), padded(splits["test"], "labels", IGNORED)
-        frequent = row_accuracy(most_frequent(ids, DATA, self.n_classes), labels)
+        frequent = label_accuracy(most_frequent(ids, DATA, self.n_classes), labels)
         return {**super().reference_lines(splits), "most frequent token of the sequence": frequent}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lra.checks import check
 from lra.tasks.base import IGNORED
-from lra.tasks.controls import FIRST, Control, Rows, check_lengths, padded, row_accuracy
+from lra.tasks.controls import FIRST, Control, Rows, check_lengths, label_accuracy, padded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +81,7 @@ class StateTracking(Control):
         state = np.zeros(symbols.shape, np.int64)
         for lag in reversed(range(min(WINDOW, symbols.shape[1]))):
             state[:, lag:] = table[state[:, lag:], symbols[:, : symbols.shape[1] - lag]]
-        recent = row_accuracy(state, labels)
+        recent = label_accuracy(state, labels)
         return {**super().reference_lines(splits), f"state of the last {WINDOW} tokens": recent}
 
 

@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from lra.cell import finished, run_cell
 from lra.config import cell_from_dict
-from lra.evaluate import accuracies, evaluate, grouped
+from lra.evaluate import accuracies, evaluate, grouped, overall
+from lra.examples import Examples, Ragged
 from lra.networks import build_net, head_free, load_weights, matched, sizes
 from lra.presets import merge
+from lra.tasks.base import IGNORED
+from lra.tasks.controls import label_accuracy
 from lra.train import BEST, LAST, lr_factor
 
 
@@ -69,7 +72,6 @@ def test_a_computed_cell_returns_at_once(tiny, run, monkeypatch):
 def test_the_kept_weights_are_the_best_ones(tiny, run, cache_dir):
     """Scoring best.safetensors again gives the best validation row and the test accuracy of the record."""
     from lra.data import load
-    from lra.examples import Examples
     from lra.objectives import classification
 
     cell = tiny(optim={"lr": 0.03})
@@ -109,8 +111,6 @@ def test_finetuning_starts_from_the_pretrained_body(tiny, run, monkeypatch):
 
 def test_pretraining_reads_training_inputs_alone(tiny, run, monkeypatch):
     """Neither labels nor the test split reach a pretrain cell; the classifier sees the first `labels` rows."""
-    from lra.examples import Examples
-
     real, read = Examples.from_dataset.__func__, []
 
     def spy(dataset, task, limit=None):
@@ -245,16 +245,33 @@ def test_learning_rate_rises_then_stays_or_falls(tiny):
 def test_groups_hold_everything_once():
     rng = np.random.default_rng(0)
     lengths, right = rng.integers(1, 30, 200), (rng.random(200) < 0.3).astype(float)
-    rows = grouped(right, lengths)
+    ones = np.ones(200)
+    rows = grouped(right, lengths, ones)
     assert len(rows) == 4 and sum(r["n"] for r in rows) == 200
     assert sum(r["n"] * r["accuracy"] for r in rows) == pytest.approx(right.sum())
     assert all(a["max"] < b["min"] for a, b in pairwise(rows))
     for r in rows:
         inside = (lengths >= r["min"]) & (lengths <= r["max"])
         assert r["accuracy"] == pytest.approx(right[inside].mean())
-    assert grouped(right, np.full(200, 7)) == [{"min": 7, "max": 7, "n": 200, "accuracy": pytest.approx(right.mean())}]
-    few = grouped(right, lengths % 6)
+    assert grouped(right, np.full(200, 7), ones) == [
+        {"min": 7, "max": 7, "n": 200, "accuracy": pytest.approx(right.mean())}
+    ]
+    few = grouped(right, lengths % 6, ones)
     assert [(r["min"], r["max"]) for r in few] == [(v, v) for v in range(6)], "few values have a group each"
+
+
+def test_labels_count_alike_whatever_row_they_stand_in():
+    """A row of a dense task with two labels counts twice one with a single label; one without any, not at all."""
+    labels = np.array([3, IGNORED, 1, IGNORED, 2], np.int64)
+    rows = Ragged(torch.from_numpy(labels), np.array([0, 3, 4, 5]))
+    examples = Examples([rows], rows, pad=0)
+    assert examples.counts.tolist() == [2, 0, 1] and examples.asked == 2
+    right = np.array([0.5, np.nan, 0.0])
+    assert overall(right, examples.counts) == 1 / 3
+    assert [b["accuracy"] for b in grouped(right, np.array([5, 5, 9]), examples.counts)] == [0.5, 0]
+    assert [b["min"] for b in grouped(right, np.array([5, 7, 9]), examples.counts)] == [5, 9]
+    asked = np.array([[3, IGNORED, 1], [2, IGNORED, IGNORED], [IGNORED] * 3])
+    assert label_accuracy(np.array([[3, 0, 0], [0] * 3, [0] * 3]), asked) == 1 / 3
 
 
 def test_merge_is_deep_and_leaves_its_inputs_alone():
