@@ -236,9 +236,10 @@ def quick(
         cache_dir: folder of the data sets; null: $LRA_CACHE or the user's cache.
         threads: threads of torch; the models are too small for more than one to pay.
     """
+    from lra.launch import use_threads
     from lra.quick import run_quick
 
-    _threads(threads)
+    use_threads(Place(threads=threads))
     run_quick(Path(out), steps=steps, seed=seed, cache_dir=cache_dir)
 
 
@@ -247,15 +248,6 @@ UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h: try again
 DESCRIPTION = """The Long Range Arena with pretraining.
 Presets (`lra tasks` lists them) or YAML files come first, in the order in which they are merged; flags override them:
 lra run listops lru masked --seed 1 --optim.lr 5e-4"""
-
-
-def _threads(threads: int | None) -> None:
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1; got {threads}")
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -278,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
 
             run_plans(returned)
     except Unfinished as stop:
-        print(f"\nlra: unfinished: {stop}. {again}", file=sys.stderr)
+        print(f"\nlra: unfinished: {stop}\n{again}", file=sys.stderr)
         return UNFINISHED
     except Interrupted as stop:
         print(f"\nlra: {stop}. {again}", file=sys.stderr)

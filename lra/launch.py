@@ -80,21 +80,31 @@ class Slurm:
             raise ValueError(f"slurm.memory must be at least 1, or null; got {self.memory}")
 
 
-def finished(cell: Cell, runs_dir: str | Path) -> bool:
+def has_result(cell: Cell, runs_dir: str | Path) -> bool:
     """Whether the cell has a result."""
     from lra.cell import RESULT
 
     return (Path(runs_dir) / cell.key / RESULT).exists()
 
 
-def compute(cell: Cell, runs_dir: str | Path, place: Place) -> dict[str, Any]:
-    """Runs one cell at a place and returns its result, as `lra.cell.run_cell` does."""
-    from lra.cell import run_cell
+def cores() -> int:
+    """How many cores this process may use, which a batch system or a container may have restricted."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+
+def use_threads(place: Place) -> None:
+    """Has torch use the threads of a place, if it names a number."""
     if place.threads is not None:
         import torch
 
         torch.set_num_threads(place.threads)
+
+
+def compute(cell: Cell, runs_dir: str | Path, place: Place) -> dict[str, Any]:
+    """Runs one cell at a place and returns its result, as `lra.cell.run_cell` does."""
+    from lra.cell import run_cell
+
+    use_threads(place)
     return run_cell(
         cell,
         runs_dir,
@@ -178,7 +188,18 @@ def submit(todo: Sequence[Cell], runs_dir: str | Path, place: Place, slurm: Slur
             "launcher slurm: submitit is not installed: pip install 'linrnn[slurm]', or use --launcher local"
         ) from error
 
+    from filelock import FileLock
+
     folder = Path(runs_dir).expanduser().resolve() / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    # Of two submissions at a time the second must see what the first has put in the queue.
+    with FileLock(folder / ".lock"):
+        return _submit_new(submitit, todo, folder, place, slurm, cluster)
+
+
+def _submit_new(
+    submitit: Any, todo: Sequence[Cell], folder: Path, place: Place, slurm: Slurm, cluster: str
+) -> list[Any]:
     before = _submitted(folder)
     busy = _queued(before.values()) if cluster == "slurm" else set()
     new = [cell for cell in todo if before.get(cell.key) not in busy]

@@ -1,26 +1,28 @@
 """Grids of cells over tasks, models, regimes and seeds, and how they are run: here, or on a SLURM cluster."""
 
-import os
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from lra.config import Cell, Model, Regime
-from lra.launch import Place, Slurm, attempt, finished
+from lra.launch import Place, Slurm, attempt, cores, has_result
 
 Launcher = Literal["local", "slurm", "submitit-local"]
 
 
 class SweepError(RuntimeError):
-    """Some cells of a sweep failed; the message names them."""
+    """Some cells of a sweep failed; the message names them, `failures` holds their errors by key."""
+
+    def __init__(self, message: str, failures: Mapping[str, str] | None = None):
+        super().__init__(message)
+        self.failures = dict(failures or {})
 
 
 class Unfinished(RuntimeError):
-    """The time of a sweep's slice is over; the message says how far it came."""
+    """The time of a sweep's slice is over; the message says how far it came, and names the cells that failed."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ class Plan:
     how: How
     runs_dir: str = "runs"
     choose_lrs: list[float] | None = None
-    choose_share: float = 1.0
     """Rates of which the best is chosen for each model and phase before the cells are run."""
+    choose_share: float = 1.0
+    """Share of a cell's steps for which each rate is tried."""
 
 
 def grid(
@@ -184,7 +187,7 @@ def run_sweep(cells: Sequence[Cell], runs_dir: str | Path, how: How) -> None:
         SweepError: some cells failed; they are named with their errors, and the same call tries them again.
         Unfinished: `how.minutes` are over; the same call goes on.
     """
-    todo = [cell for cell in cells if not finished(cell, runs_dir)]
+    todo = [cell for cell in cells if not has_result(cell, runs_dir)]
     print(f"{len(cells)} cells, {len(cells) - len(todo)} of them done", flush=True)
     if how.dry_run:
         for cell in cells:
@@ -195,22 +198,26 @@ def run_sweep(cells: Sequence[Cell], runs_dir: str | Path, how: How) -> None:
 
         submit(todo, runs_dir, how.place, how.slurm, cluster=how.launcher.removeprefix("submitit-"))
         return
-    place = replace(how.place, threads=how.place.threads or max(1, (os.cpu_count() or 1) // how.jobs))
-    run = _here if how.jobs == 1 else _in_processes
-    failed, stopped = run(todo, str(runs_dir), place, how.deadline, how.jobs)
+    place = replace(how.place, threads=how.place.threads or max(1, cores() // how.jobs))
+    if how.jobs == 1:
+        failed, time_over = _one_by_one(todo, str(runs_dir), place, how.deadline)
+    else:
+        from lra.pool import run_cells
+
+        failed, time_over = run_cells(todo, str(runs_dir), place, how.deadline, how.jobs)
+    errors = "".join(f"\n  {key}: {error}" for key, error in failed.items())
+    if time_over:
+        done = sum(has_result(cell, runs_dir) for cell in cells)
+        text = f"{how.minutes:g} minutes are over, {done} of {len(cells)} cells are done"
+        raise Unfinished(f"{text}, {len(failed)} failed:{errors}" if failed else text)
     if failed:
-        lines = "\n".join(f"  {key}: {error}" for key, error in failed.items())
-        raise SweepError(f"{len(failed)} of {len(todo)} cells failed:\n{lines}")
-    if stopped:
-        done = sum(finished(cell, runs_dir) for cell in cells)
-        raise Unfinished(f"{how.minutes:g} minutes are over, {done} of {len(cells)} cells are done")
+        raise SweepError(f"{len(failed)} of {len(todo)} cells failed:{errors}", failed)
 
 
-# Both return the errors by key, and whether the time was over before every cell had its turn.
-Outcome = tuple[dict[str, str], bool]
-
-
-def _here(todo: Sequence[Cell], runs_dir: str, place: Place, deadline: float | None, jobs: int) -> Outcome:
+def _one_by_one(
+    todo: Sequence[Cell], runs_dir: str, place: Place, deadline: float | None
+) -> tuple[dict[str, str], bool]:
+    """In this process: returns the errors by key, and whether the time was over before every cell had its turn."""
     from lra.interrupt import TIME_UP, Interrupted
 
     failed: dict[str, str] = {}
@@ -226,33 +233,3 @@ def _here(todo: Sequence[Cell], runs_dir: str, place: Place, deadline: float | N
         if error:
             failed[cell.key] = error
     return failed, False
-
-
-def _in_processes(todo: Sequence[Cell], runs_dir: str, place: Place, deadline: float | None, jobs: int) -> Outcome:
-    """Fresh processes: torch does not survive a fork once it has used its threads."""
-    from multiprocessing import get_context
-
-    from lra.interrupt import TIME_UP, Interrupted
-
-    failed: dict[str, str] = {}
-    stopped = False
-    for wave in ([c for c in todo if c.regime == "pretrain"], [c for c in todo if c.regime != "pretrain"]):
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            running = {pool.submit(attempt, cell, runs_dir, place, deadline): cell for cell in wave}
-            try:
-                for future in as_completed(running):
-                    try:
-                        error = future.result()
-                    except Interrupted as stop:
-                        if stop.signum != TIME_UP:
-                            raise
-                        stopped = True
-                        continue
-                    if error:
-                        failed[running[future].key] = error
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        if stopped:
-            break
-    return failed, stopped

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -13,6 +12,7 @@ from typing import Any
 
 from lra.distributed import Team, gathered_here, portable
 from lra.interrupt import Flag, Interrupted, deadline, listening, until
+from lra.pool import leave_with_parent
 
 Say = Callable[[str], None]
 Work = Callable[[Say, Team], Any]
@@ -116,15 +116,7 @@ def _worker(
 ) -> None:
     import torch
 
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def leave_with_parent() -> None:
-        # A worker that went on alone would write to a folder whose lock is free again.
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    leave_with_parent()
     torch.set_num_threads(threads)
 
     def say(line: str) -> None:

@@ -60,7 +60,7 @@ def test_jobs_are_requeued_when_told_and_resubmitted_when_killed(tiny, cache_dir
     assert "Requeued job" in log and f"{preempted.key}: resuming" in log, log
     assert not (tmp_path / "runs" / killed.key / "result.json").exists()
 
-    todo = [cell for cell in cells if not launch.finished(cell, tmp_path / "runs")]
+    todo = [cell for cell in cells if not launch.has_result(cell, tmp_path / "runs")]
     assert todo == [killed]
     [again] = submit(todo, tmp_path / "runs", place, Slurm(gpus=0), cluster="local")
     assert again._process.wait(300) == 0 and f"{killed.key}: resuming" in again.paths.stdout.read_text()
