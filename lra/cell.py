@@ -1,28 +1,26 @@
 """One cell: returned at once if computed, resumed if begun, bit-identical either way."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import yaml
-
 from lra.config import Cell
-from lra.files import read_json, write_json, write_text
+from lra.files import remove_temporaries, write_json, write_text
+from lra.folders import CONFIG, RESULT, Say, computed, config_yaml, held
 from lra.tasks.base import Levels, Task
 
 if TYPE_CHECKING:
     from lra.distributed import Team
     from lra.evaluate import Scorer
 
-CONFIG, RESULT = "config.yaml", "result.json"
-Say = Callable[[str], None]
-
 
 class Places(NamedTuple):
-    """Where a cell is computed: nothing of it changes the numbers."""
+    """Where a cell is computed: no part of its key.
+
+    Still the accelerator changes the last digits, and so does the number of processes, devices x nodes, which also
+    decides the units that dropout drops.
+    """
 
     runs_dir: Path
     cache_dir: str | Path | None
@@ -58,13 +56,14 @@ def run_cell(
         The content of `result.json`.
 
     Raises:
-        ValueError: a bad configuration, or a damaged or foreign file in the folder.
-        Interrupted: Ctrl-C; the same call resumes.
+        ValueError: a bad configuration, a damaged or foreign file in the folder, or a result or checkpoint there that
+            belongs to other data than those cached now.
+        Interrupted: Ctrl-C, or a deadline; the same call resumes.
         OSError: a file cannot be written, such as on a full disk.
     """
     where = Places(Path(runs_dir), cache_dir, data_dir, accelerator, devices, nodes)
     cell.build_task()
-    if devices == nodes == 1 and (done := finished(where.runs_dir / cell.key)) is not None:
+    if devices == nodes == 1 and (done := computed(cell, where.runs_dir / cell.key, cache_dir)) is not None:
         return done  # without torch
 
     from lra.distributed import check_processes, check_shares, gathered
@@ -78,14 +77,15 @@ def run_cell(
 def _run(cell: Cell, where: Places, team: "Team", say: Say) -> dict[str, Any]:
     """What `run_cell` does, in each process of a team that was started outside, or in the one process there is."""
     task, folder = cell.build_task(), where.runs_dir / cell.key
-    if (done := team.tell(lambda: finished(folder))) is not None:
+    if (done := team.tell(lambda: computed(cell, folder, where.cache_dir))) is not None:
         return done
     _check_buildable(cell, task, where.accelerator)
     pretrained = _run(cell.pretraining(), where, team, say) if cell.regime == "finetune" else None
-    with _held(cell, folder, team, say):
+    with held(cell.key, folder, team, say):
         # Another process may have finished it while this one waited for the lock.
-        if (done := team.tell(lambda: finished(folder))) is not None:
+        if (done := team.tell(lambda: computed(cell, folder, where.cache_dir))) is not None:
             return done
+        team.tell(lambda: remove_temporaries(folder))
         team.tell(lambda: write_text(folder / CONFIG, config_yaml(cell)))
         work = partial(_compute, cell, task, folder, where, pretrained)
         if where.devices > team.world:
@@ -97,46 +97,9 @@ def _run(cell: Cell, where: Places, team: "Team", say: Say) -> dict[str, Any]:
         return team.tell(lambda: _recorded(folder, result))
 
 
-@contextmanager
-def _held(cell: Cell, folder: Path, team: "Team", say: Say) -> Iterator[None]:
-    """Holds the lock of a cell's folder in the first process; the others wait until it has it."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / ".lock")
-
-    def acquire() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"{cell.key}: another process is computing it; waiting")
-            lock.acquire()
-
-    team.tell(acquire)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _recorded(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     write_json(folder / RESULT, result)
     return result
-
-
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The result of a cell that is already computed, or None.
-
-    Raises:
-        ValueError: `result.json` is damaged.
-    """
-    path = folder / RESULT
-    return read_json(path) if path.exists() else None
-
-
-def config_yaml(cell: Cell) -> str:
-    """The configuration of a cell, to be read back by `lra run --config`."""
-    return f"# lra run --config {CONFIG}\n" + yaml.safe_dump(cell.to_dict(), sort_keys=False)
 
 
 def _check_buildable(cell: Cell, task: Task, accelerator: str) -> None:
@@ -162,15 +125,16 @@ def _compute(
 ) -> dict[str, Any]:
     """Trains and scores; of a team, the first process returns the result and the others an empty one."""
     from lra.batches import BatchPlan, stream_seed
+    from lra.checkpoints import BEST, LAST
     from lra.costs import run_flops
     from lra.examples import Examples, describe, histogram
     from lra.networks import build_net, load_weights, pooling, sizes
     from lra.provenance import provenance
-    from lra.train import BEST, LAST, fit
+    from lra.train import fit
 
     pretraining = cell.regime == "pretrain"
     splits, lines, origin = _data(task, where.cache_dir, where.data_dir)
-    if pretrained is not None and pretrained["data"]["fingerprint"] != origin["fingerprint"]:
+    if pretrained is not None and pretrained["data"]["fingerprint"] != origin["fingerprint"]:  # made since it ended
         raise ValueError(
             f"{pretrained['key']} was pretrained on other data than those cached now (their values differ); "
             f"delete its folder and run again"
@@ -196,6 +160,7 @@ def _compute(
         val,
         folder,
         metric=cell_metric(cell, task),
+        fingerprint=origin["fingerprint"],
         accelerator=where.accelerator,
         team=team,
     )
@@ -216,7 +181,7 @@ def _compute(
         "parameters": sizes(cell.model, task),
         "steps": cell.steps,
         "tokens": int(uses @ train.lengths),
-        "flops": run_flops(cell.model, task, histogram(train, uses), denoise=denoise),
+        "flops": run_flops(cell.model, task, histogram(train, uses), denoise=denoise, asked=train.asked),
         "seconds": run["seconds"],
         "loader_seconds": run["loader_seconds"],
         "best_step": run["best"]["step"],

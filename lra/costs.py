@@ -22,21 +22,32 @@ PER_MULTIPLICATION = 6
 Denoising = Literal["masked", "causal"]
 
 
-def sequence_flops(model: Model, task: Task, length: int, *, denoise: Denoising | None = None) -> float:
+def sequence_flops(
+    model: Model, task: Task, length: int, *, denoise: Denoising | None = None, asked: int | None = None
+) -> float:
     """Operations of training on one row with `length` positions; of two inputs each has that many.
 
     Args:
         model, task: what is trained.
         length: positions of the row.
         denoise: count pretraining, whose head is read at hidden positions or at all but one, instead of the classifier.
+        asked: of a dense task, the most labels of a row (`Examples.asked`), at as many positions of each row the head
+            is read; None for every position.
 
     Raises:
         ValueError: a model that cannot be built.
     """
-    return run_flops(model, task, {length: 2 if task.two_inputs else 1}, denoise=denoise)
+    return run_flops(model, task, {length: 2 if task.two_inputs else 1}, denoise=denoise, asked=asked)
 
 
-def run_flops(model: Model, task: Task, histogram: Mapping[int, int], *, denoise: Denoising | None = None) -> float:
+def run_flops(
+    model: Model,
+    task: Task,
+    histogram: Mapping[int, int],
+    *,
+    denoise: Denoising | None = None,
+    asked: int | None = None,
+) -> float:
     """Operations of training on `histogram[length]` sequences of each length; two inputs of a row are two sequences.
 
     Exact, without allocating weights, and a fraction of a second for hundreds of lengths. Arguments as in
@@ -50,7 +61,7 @@ def run_flops(model: Model, task: Task, histogram: Mapping[int, int], *, denoise
         if net.denoise is not None:
             total += n * _scored(length, task.mask_rate, denoise) * net.denoise.weight.numel()
     if net.denoise is None:
-        total += _heads(net.body, histogram)
+        total += _heads(net.body, histogram, asked)
     return PER_MULTIPLICATION * total
 
 
@@ -65,7 +76,7 @@ def _scored(length: int, mask_rate: float, denoise: Denoising | None) -> float:
     return mask_rate * length if denoise == "masked" else max(length - 1, 0)
 
 
-def _heads(body: SequenceClassifier, histogram: Mapping[int, int]) -> float:
-    """Of the classifier: once a row, or at every position."""
-    read = sum(n * (length if body.pooling == "none" else 1) for length, n in histogram.items())
+def _heads(body: SequenceClassifier, histogram: Mapping[int, int], asked: int | None) -> float:
+    """Of the classifier: once a row, or at the positions that are asked."""
+    read = sum(n * (min(length, asked or length) if body.pooling == "none" else 1) for length, n in histogram.items())
     return linrnn.flops(body.head, 1) * read / (2 if body.two_inputs else 1)

@@ -27,6 +27,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Removes what `write_whole` has left in a folder where a process was killed; call it where no other one writes."""
+    for left in folder.glob(".*.tmp"):
+        left.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
 

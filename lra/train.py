@@ -2,7 +2,8 @@
 
 Everything random is a function of (seed, step), and everything that happens at a step (update, evaluation, row of
 metrics, checkpoint) happens at the end of that step's batch, so the checkpoint of step s holds all of steps 1 to s and
-nothing of step s + 1: a run resumed from it equals an uninterrupted one bit for bit (same machine, same threads).
+nothing of step s + 1: a run resumed from it equals an uninterrupted one bit for bit (same machine, same threads, same
+number of processes).
 """
 
 import logging
@@ -20,60 +21,19 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from safetensors.torch import save
 from torch.utils.data import DataLoader
 
-from linrnn.models import param_groups
 from lra.batches import BatchStream, stream_seed
-from lra.checkpoints import BEST, LAST, METRICS, WholeFile, check_resumable
+from lra.checkpoints import LAST, METRICS, WholeFile, check_resumable, keep_weights, notes, write_weights
 from lra.config import Cell
 from lra.distributed import SOLO, Team, check_shares, device_kind
 from lra.evaluate import Scorer, evaluate
 from lra.examples import Batch, Examples, resident
-from lra.files import write_csv, write_whole
+from lra.files import write_csv
 from lra.interrupt import Flag, Interrupted, listening
 from lra.objectives import Metric, Net, Score, measures
 from lra.progress import Progress
-
-
-class Trainee(LightningModule):
-    """The network, its objective and its optimiser, for the steps of one cell."""
-
-    def __init__(self, net: Net, score: Scorer, cell: Cell, team: Team = SOLO):
-        super().__init__()
-        self.net, self.score, self.cell, self.team = net, score, cell, team
-        self.plan = cell.plan()
-
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(stream_seed(self.cell.seed, "noise", self.global_step))
-        score = self.score(self.net, batch, generator)
-        if self.team.world == 1:
-            return {"loss": score.mean, "sums": score.sums()}
-        # The processes' gradients are averaged, and what they score differs in number: the mean of means is not it.
-        everything = self.team.total(score.scored).clamp(min=1)
-        return {"loss": self.team.world * score.loss / everything, "sums": score.sums()}
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        optim, lr = self.cell.optim, self.cell.lr
-        optimizer = torch.optim.AdamW(param_groups(self.net, lr, optim.weight_decay), lr=lr)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(self.cell, step))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["plan"] = self.plan
-        checkpoint["threads"] = torch.get_num_threads()
-
-
-def lr_factor(cell: Cell, step: int) -> float:
-    """Learning rate at `step` (from 0) over its peak: a linear rise, then constant or half a cosine down to 0."""
-    warmup = round(cell.optim.warmup * cell.steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if cell.optim.schedule == "constant":
-        return 1.0
-    done = (step - warmup) / max(cell.steps - warmup, 1)
-    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+from lra.trainee import Trainee
 
 
 class Stream(LightningDataModule):
@@ -136,6 +96,8 @@ class Recorder(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.stream.seconds = state_dict["loader_seconds"]
         self.rows, self.best, self.seconds, self.due = (state_dict[k] for k in ("rows", "best", "seconds", "due"))
+        if self.team.leads:
+            keep_weights(self.folder, self.best)
         shares = torch.tensor(state_dict["sums"], dtype=torch.float64)
         if len(shares) == self.team.world:
             self.sums = shares[self.team.rank]
@@ -177,10 +139,18 @@ class Recorder(Callback):
             raise Interrupted(f"stopped at step {step} of {cell.steps}", stop)
 
     def save(self, trainer: Trainer) -> None:
-        """Writes the checkpoint in the first process; what goes wrong there is raised in all of them."""
+        """Writes the checkpoint in the first process, and only then has the weights that it names as the best kept.
+
+        What goes wrong there is raised in all processes.
+        """
+
+        def check_and_keep() -> None:
+            self.file.check()
+            keep_weights(self.folder, self.best)
+
         self.shares = self.team.all(self.sums)
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
-        self.team.tell(self.file.check)
+        self.team.tell(check_and_keep)
 
     def catch_up(self, pl_module: LightningModule, step: int) -> None:
         """Does the evaluation of `step` if it is due.
@@ -207,15 +177,19 @@ class Recorder(Callback):
         self.sums, self.due = torch.zeros_like(self.sums), False
         self.progress.note(row["train_loss"], row[f"val_{self.metric}"])
         # Of equal scores the earlier one stays: less training for the same.
-        better = not self.best or row[f"val_{self.metric}"] > self.best[f"val_{self.metric}"]
+        better = not self.best or self.value(row) > self.value(self.best)
         self.best = row if better else self.best
         self.team.tell(lambda: self.write(pl_module.net if better else None))
+
+    def value(self, row: dict[str, float]) -> float:
+        """The validation score of a row; nan is worse than any."""
+        value = row[f"val_{self.metric}"]
+        return -math.inf if math.isnan(value) else value
 
     def write(self, net: Net | None) -> None:
         """Writes the curve, and the weights of `net`."""
         if net is not None:
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-            write_whole(self.folder / BEST, lambda path: path.write_bytes(save(weights)))
+            write_weights(self.folder, self.best, net)
         write_csv(self.folder / METRICS, self.rows)
 
 
@@ -228,6 +202,7 @@ def fit(
     folder: Path,
     *,
     metric: Metric = "accuracy",
+    fingerprint: str | None = None,
     accelerator: str = "auto",
     team: Team = SOLO,
 ) -> dict[str, Any]:
@@ -236,23 +211,28 @@ def fit(
     The processes of `team` share every batch; all of them call this, the first one writes.
 
     Leaves `metrics.csv`, `best.safetensors` (the weights of the best validation metric, the earliest of equals) and
-    `last.ckpt` in `folder`; returns the curve, the best row, seconds in all and waiting for batches, and the device.
+    `last.ckpt` in `folder`; returns the curve, the best row, the device, and by the clock of the first process the
+    seconds in all and those of waiting for batches (device seconds are these times the number of processes).
+
+    Args:
+        fingerprint: of the data, which a checkpoint to resume from must share.
 
     Raises:
         Interrupted: a signal to one of the processes, or a deadline; the state is saved first.
-        ValueError: `last.ckpt` is damaged or belongs to another configuration, there is no such device, or the
-            processes cannot share a batch evenly.
+        ValueError: `last.ckpt` is damaged or belongs to another configuration or other data, there is no such device,
+            or the processes cannot share a batch evenly.
         OSError: a file cannot be written; the one before it stays.
         FloatingPointError: the loss is no longer finite.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # advertisements and device listings
-    trainee = Trainee(net, score, cell, team)
+    ours = notes(cell.plan(), fingerprint, team.world, device_kind(accelerator))
+    trainee = Trainee(net, score, cell, ours, team)
     stream = BatchStream(train, cell.optim.batch_size, cell.seed, team.rank, team.world, net.multiple)
     check_shares(stream.plan.batch_size, team.world)  # of few training rows they may be less than the cell's
     last = folder / LAST
     if resumes := team.tell(last.exists):
-        check_resumable(last, trainee.plan)
+        check_resumable(last, ours)
     with listening() as flag, warnings.catch_warnings():
         # The stream is in memory: workers would only copy it. And the last two come from inside the libraries.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -284,7 +264,9 @@ def fit(
         stream.examples, recorder.val = (resident(split, trainer.strategy.root_device) for split in (train, val))
         trainer.fit(trainee, datamodule=Stream(stream), ckpt_path=str(last) if resumes else None, weights_only=True)
         net.to(trainer.strategy.root_device)  # Lightning has taken it off
-        recorder.catch_up(trainee, cell.steps)  # a run that was stopped at its very end has no step left to do it
+        if recorder.due:  # a run that was stopped at its very end has no step left to do it
+            recorder.catch_up(trainee, cell.steps)
+            recorder.save(trainer)
     return {
         "curve": recorder.rows,
         "best": recorder.best,

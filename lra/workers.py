@@ -99,7 +99,7 @@ def _attend(processes: list[Any], connections: list[Any], flag: Flag, say: Say) 
 
 def _death(rank: int, code: int | None, flag: Flag) -> Exception:
     if flag.signum is not None:
-        return Interrupted("stopped before the first step", flag.signum)
+        return Interrupted("stopped outside of training", flag.signum)
     how = f"by signal {-code} ({signal.Signals(-code).name})" if code is not None and code < 0 else f"with code {code}"
     return ChildProcessError(f"process {rank} of the run died {how}; the same command goes on from the last checkpoint")
 
@@ -127,7 +127,7 @@ def _worker(
         try:
             outcome = ("done", work(say, team))
         except KeyboardInterrupt:
-            outcome = ("error", Interrupted("stopped before the first step"))
+            outcome = ("error", Interrupted("stopped outside of training"))
         except Exception as error:
             outcome = ("error", portable(error))
         connection.send(outcome)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lra.train import BEST, LAST, METRICS
+from lra.checkpoints import BEST, LAST, METRICS
 
 CLOCK = ("seconds", "loader_seconds")
 

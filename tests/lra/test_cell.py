@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,17 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from lra.cell import finished, run_cell
+from lra.cell import run_cell
+from lra.checkpoints import BEST, LAST
 from lra.config import cell_from_dict
+from lra.data import data_folder, origin
 from lra.evaluate import accuracies, evaluate, grouped, overall
 from lra.examples import Examples, Ragged
+from lra.folders import finished
+from lra.interrupt import TIME_UP, Interrupted, until
 from lra.networks import build_net, head_free, load_weights, matched, sizes
 from lra.presets import merge
 from lra.tasks.base import IGNORED
 from lra.tasks.controls import label_accuracy
-from lra.train import BEST, LAST, lr_factor
+from lra.trainee import lr_factor
 
 
 @pytest.fixture
@@ -51,7 +57,7 @@ def test_a_cell_leaves_its_whole_record(tiny, run):
     assert set(result["test"]["groups"]) == {"length", "depth to evaluate"}
     for group in result["test"]["groups"].values():
         assert sum(b["n"] for b in group) == result["data"]["test"]["rows"] == 40
-    assert set(result["test"]["shuffled"]) == {"1", "8"}
+    assert set(result["test"]["shuffled"]) == {"in order", "1", "8"}
     assert {"majority", "root operator", "exact to depth 1"} <= set(result["reference_lines"])
     assert set(result["versions"]) >= {"python", "torch", "lightning", "linrnn"} and result["threads"] >= 1
 
@@ -188,6 +194,55 @@ def test_a_bad_model_is_refused_before_any_data_is_made(tiny, run, monkeypatch, 
     monkeypatch.setattr("lra.cell._data", lambda *a: pytest.fail("made data"))
     with pytest.raises(ValueError, match=message):
         run(tiny(model=change))
+
+
+@pytest.mark.parametrize("stage", ["result", "checkpoint"])
+def test_other_data_are_refused(tiny, run, cache_dir, tmp_path, stage):
+    """A finished result, of this cell or of its pretraining, and a checkpoint belong to the data they were made of."""
+    cell = tiny(regime="finetune", seed=4, budget={"steps": 4, "evaluations": 1})
+    _, folder = run(cell)
+    other = tmp_path / "other"
+    assert run_cell(cell, tmp_path / "runs", cache_dir=other)["key"] == cell.key, "nothing cached: as it stands"
+    assert not other.exists()
+    of_cell = data_folder(cell.build_task(), cache_dir)
+    shutil.copytree(of_cell, other / of_cell.relative_to(cache_dir))
+    manifest = other / of_cell.relative_to(cache_dir) / "manifest.json"
+    changed = json.loads(manifest.read_text())
+    changed["values"]["train"] = "0" * 64
+    manifest.write_text(json.dumps(changed))
+    old, new = (origin(cell.build_task(), where)["fingerprint"] for where in (cache_dir, other))
+    if stage == "checkpoint":
+        for path in (folder, folder.parents[2] / cell.pretraining().key):
+            (path / "result.json").unlink()
+        message = rf"last\.ckpt is a checkpoint of another run \(data fingerprint is '{old}' there, '{new}' here\)"
+    else:
+        message = rf"result\.json was computed from other data .*fingerprint {old} there, {new} here"
+    with pytest.raises(ValueError, match=message) as error:
+        run_cell(cell, tmp_path / "runs", cache_dir=other, accelerator="cpu", say=lambda line: None)
+    assert "\n" not in str(error.value)
+    if stage == "result":
+        (folder / "result.json").unlink()
+        with pytest.raises(ValueError, match=message):
+            run_cell(cell, tmp_path / "runs", cache_dir=other, accelerator="cpu", say=lambda line: None)
+
+
+def test_a_slice_does_not_wait_beyond_its_end(tiny, run, tmp_path):
+    cell = tiny()
+    folder = tmp_path / "runs" / cell.key
+    folder.mkdir(parents=True)
+    said = []
+    with FileLock(folder / ".lock"), until(time.monotonic()), pytest.raises(Interrupted, match="another") as stop:
+        run(cell, say=said.append)
+    assert stop.value.signum == TIME_UP and "waiting" in said[0]
+
+
+def test_what_a_killed_process_left_is_removed(tiny, run, tmp_path):
+    cell = tiny()
+    folder = tmp_path / "runs" / cell.key
+    folder.mkdir(parents=True)
+    (folder / ".last.ckpt.12345.tmp").write_text("half")
+    run(cell)
+    assert not list(folder.glob(".*.tmp"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -68,6 +68,18 @@ def test_by_hand(T: int, bidirectional: bool) -> None:
         assert sequence_flops(model, Grays(), T, denoise="masked") == 6 * grays
 
 
+def test_positions_that_are_asked() -> None:
+    """The head of a dense task is read at no more positions of a row than the most labels that a row has."""
+    head = 6 * D * CLASSES
+    body = sequence_flops(MODEL, Tags(), 63) - 63 * head
+    assert sequence_flops(MODEL, Tags(), 63, asked=8) == body + 8 * head
+    assert sequence_flops(MODEL, Tags(), 63, asked=99) == body + 63 * head
+    assert run_flops(MODEL, Tags(), {63: 2, 5: 1}, asked=8) == pytest.approx(
+        2 * (body + 8 * head) + sequence_flops(MODEL, Tags(), 5)
+    )
+    assert sequence_flops(MODEL, Words(), 63, asked=1) == sequence_flops(MODEL, Words(), 63)
+
+
 WAYS = [(name, both) for name in layers.available() for both in (True, False) if name != "nystrom" or both]
 
 

@@ -13,8 +13,9 @@ import torch
 from lra import train
 from lra.__main__ import main
 from lra.cell import run_cell
+from lra.checkpoints import LAST
 from lra.interrupt import Interrupted
-from lra.train import LAST, Recorder
+from lra.train import Recorder
 
 from .runs import assert_same_bits
 

@@ -1,6 +1,7 @@
 """How a cell is computed: precision, compilation, where the data lie, what a full disk leaves behind."""
 
 import errno
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from lra import train
 from lra.batches import BatchStream
 from lra.cell import run_cell, scorer
+from lra.checkpoints import BEST, LAST, check_resumable, keep_weights, notes
 from lra.config import Compute
 from lra.data import load
 from lra.distributed import Team
@@ -19,7 +22,7 @@ from lra.evaluate import accuracies
 from lra.examples import Examples, resident
 from lra.files import write_whole
 from lra.networks import build_net
-from lra.train import BEST, LAST, fit
+from lra.train import Recorder, fit
 
 from .runs import assert_same_bits
 
@@ -30,6 +33,7 @@ def run(cache_dir, tmp_path):
         options = {"accelerator": "cpu", "say": lambda line: None, **options}
         return run_cell(cell, tmp_path / name, cache_dir=cache_dir, **options), tmp_path / name / cell.key
 
+    go.runs = tmp_path / "runs"
     return go
 
 
@@ -71,10 +75,66 @@ def test_a_full_disk_leaves_the_files_of_before(tiny, run, monkeypatch, name, fa
     assert "\n" not in str(error.value) and error.value.errno == errno.ENOSPC
     _, whole = run(cell, "whole")
     cut = Path(error.value.filename).parent
-    assert not list(cut.glob(".*.tmp")) and (cut / BEST).exists() == (name == LAST)
+    assert not list(cut.glob(".*.tmp")) and [p.name for p in cut.glob(f"{BEST}*")] == [f"{BEST}.6"] * (name == LAST)
     assert torch.load(cut / LAST, weights_only=True)["global_step"] == 5
     run(cell, "cut")
     assert_same_bits(cut, whole)
+
+
+def test_the_weights_are_those_of_the_checkpoint(tiny, run, monkeypatch):
+    """A stretch that a death undoes leaves nothing: the run that goes on otherwise has weights of its own steps."""
+    cell = tiny(optim={"lr": 0.03}, model={"dropout": 0.5}, budget={"evaluations": 10, "checkpoint_every": 8})
+
+    class Death(BaseException):
+        pass
+
+    def dying(self, trainer, *rest):
+        real(self, trainer, *rest)
+        if trainer.global_step == 15:
+            raise Death
+
+    real = Recorder.on_train_batch_end
+    improving = iter(range(100))
+    measured = train.evaluate
+
+    def better(*args):
+        return {**measured(*args), "accuracy": next(improving) / 100}
+
+    with monkeypatch.context() as patch, pytest.raises(Death):
+        patch.setattr(train, "evaluate", better)
+        patch.setattr(Recorder, "on_train_batch_end", dying)
+        run(cell)
+    folder = next(Path(folder) for folder in run.runs.rglob("lru-scratch/*"))
+    assert sorted(p.name for p in folder.glob(f"{BEST}*")) == [BEST, f"{BEST}.14"]
+    kept = (folder / BEST).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *args: {**measured(*args), "accuracy": 0.0})
+        result, folder = run(cell)
+    assert result["best_step"] == 8 and (folder / BEST).read_bytes() == kept
+    assert [p.name for p in folder.glob(f"{BEST}*")] == [BEST]
+
+
+def test_weights_are_kept_where_a_death_fell_between_checkpoint_and_rename(tmp_path):
+    (tmp_path / BEST).write_text("before")
+    (tmp_path / f"{BEST}.6").write_text("of the checkpoint")
+    (tmp_path / f"{BEST}.9").write_text("of steps that were lost")
+    keep_weights(tmp_path, {"step": 6})
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(BEST, "of the checkpoint")]
+
+
+def test_a_score_that_is_no_number_is_beaten_by_any(tiny, run, monkeypatch):
+    scores = iter([math.nan, 0.25, math.nan, 0.125])
+    measured = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: {**measured(*args), "accuracy": next(scores)})
+    result, _ = run(tiny())
+    assert result["best_step"] == 10 and result["val"]["accuracy"] == 0.25
+
+
+def test_another_set_up_is_noticed(tmp_path):
+    ours = notes({"seed": 0}, None, 2, "cpu")
+    torch.save({**ours, "made": {**ours["made"], "processes": 1, "device": "gpu"}}, tmp_path / LAST)
+    with pytest.warns(UserWarning, match=r"processes is 1 there, 2 here; device is 'gpu' there, 'cpu' here\)"):
+        check_resumable(tmp_path / LAST, ours)
 
 
 def test_files_are_whole_or_as_before(tmp_path):
