@@ -1,6 +1,5 @@
 """The rows of a split in memory, and batches of them: one gather, on whatever device they are."""
 
-import warnings
 from copy import copy
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -74,14 +73,14 @@ class Ragged:
     def read(cls, dataset: "Dataset", name: str, channels: int | None = None) -> "Ragged":
         """Reads a column of lists; with `channels` each position has that many entries."""
         parts = list(chunks(dataset, name))
-        values = np.concatenate([part.flatten().to_numpy(zero_copy_only=False) for part in parts])
+        mapped = [part.flatten().to_numpy(zero_copy_only=False) for part in parts]  # of the file: nothing is read yet
         lengths = np.concatenate([part.value_lengths().to_numpy(zero_copy_only=False) for part in parts])
-        if values.dtype in (np.uint16, np.uint32):  # torch does not index them
-            values = values.astype(np.int32)
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*not writable.*")  # mapped from the file, and only read
-            flat = torch.from_numpy(values)
+        dtype = (
+            mapped[0].dtype if mapped[0].dtype not in (np.uint16, np.uint32) else np.int32
+        )  # torch indexes no others
+        # one copy in the type wanted: a data set on disk consists of batches of rows, so its values lie not end to end
+        flat = torch.from_numpy(np.concatenate(mapped, dtype=dtype, casting="unsafe"))
         if channels is None:
             return cls(flat, offsets)
         return cls(flat.view(-1, channels), offsets // channels)

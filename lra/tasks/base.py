@@ -1,5 +1,6 @@
 """What a task is: a frozen dataclass of options that describes a data set, can make it, and says how to feed it."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -50,8 +51,8 @@ class Task:
 
     The splits are `datasets.Dataset`s of integer columns. `input_ids` holds tokens, or 8-bit levels with the channels
     of a position side by side; a task with `two_inputs` has `input_ids_2` as well. Labels are in `label`, one a row,
-    or, if the task is `dense`, in `labels`, one a position, -100 where nothing is asked. Training rows are in random
-    order: the first n of them are a fair sample.
+    or, if the task is `dense`, in `labels`, one a position, -100 where nothing is asked. Rows are in random order: the
+    first n of a split are a fair sample.
     """
 
     mask_rate: float = 0.15
@@ -68,6 +69,8 @@ class Task:
     dense: ClassVar[bool] = False
     ink: ClassVar[bool] = False  # denoising is also scored on levels above 0 alone
     hub: ClassVar[str | None] = None  # the source of real data on the Hugging Face hub
+    # rows of each split of the benchmark with which published numbers compare; None where there is none
+    benchmark_rows: ClassVar[dict[str, int] | None] = None
     causal_pooling: ClassVar[str | None] = None  # for models that see only the past; None: as for the others
     not_data: ClassVar[tuple[str, ...]] = ("mask_rate", "pooling")  # options that leave the cached data as they are
 
@@ -116,9 +119,9 @@ class Task:
         return None
 
     def data_config(self) -> dict[str, Any]:
-        """Returns what decides the data, and nothing else: the identity of a cached data set."""
+        """Returns what decides the data, and nothing else, as JSON has it: the identity of a cached data set."""
         config = {name: value for name, value in asdict(self).items() if name not in self.not_data}
-        return {"task": self.name, "version": self.version, **config}
+        return json.loads(json.dumps({"task": self.name, "version": self.version, **config}))
 
     def generate(self, workers: int | None, data_dir: Path | None) -> "dict[str, Dataset]":
         """Returns freshly made splits train, val and test; they do not depend on `workers`.
@@ -132,8 +135,19 @@ class Task:
         """
         raise NotImplementedError
 
-    def source(self, data_dir: Path | None) -> dict[str, Any]:
-        """Returns where real data come from: name on the hub, or files with their SHA-256; {} for generated data."""
+    def source(self, data_dir: Path | None, hashes: bool = True) -> dict[str, Any]:
+        """Returns where real data come from; {} for generated data.
+
+        Args:
+            data_dir: the user's folder; None for the hub.
+            hashes: files are read for their SHA-256; otherwise there are only names and sizes, at no cost.
+
+        Returns:
+            {"hub": name} or {"files": {name: {"bytes", "sha256"}}}, and what else tells one source from another.
+
+        Raises:
+            ValueError: the folder does not hold the task's files.
+        """
         return {}
 
     def splits(

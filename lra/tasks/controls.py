@@ -2,6 +2,9 @@
 
 Their base draws distinct sequences in blocks, each block from a seed of its own, and shares them out: training and
 validation sequences come from one pool, test sequences may have other lengths, and no sequence is in two splits.
+
+Sequences are drawn by methods of NumPy's `Generator`, whose streams a NumPy release may change: the same options then
+give other sequences of the same distribution, under the same key. The fingerprint that results carry tells them apart.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from lra.checks import check
 from lra.tasks.base import IGNORED, SPLITS, Ids, Task, flat_column
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 PAD, MASK, FIRST = 0, 1, 2  # ids; the symbols of a task start at FIRST
 BLOCK_TOKENS = 1 << 21  # tokens drawn at once
 PATIENCE = 20  # blocks without a new sequence before the options are taken to admit no more
+# Streams of draws: two orders, then sequences. SeedSequence ignores trailing zeros, so (seed, s) is (seed, s, 0): an
+# order and a block must not have one stream number.
+POOL_ORDER, TEST_ORDER, POOL, TEST = 0, 1, 2, 3
 
 
 class Rows(NamedTuple):
@@ -42,6 +48,8 @@ class Rows(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Control(Task):
     """Base of the control tasks: a subclass says which lengths it draws and how a block of sequences is drawn."""
+
+    version: ClassVar[int] = 2
 
     n_train: int = 100_000
     """Training sequences."""
@@ -94,23 +102,24 @@ class Control(Task):
         Raises:
             ValueError: fewer distinct sequences than asked for exist.
         """
-        import numpy as np
         from tqdm.auto import tqdm
+
+        from lra.tasks.draws import permutation
 
         seen: set[bytes] = set()
         with tqdm(total=sum(self.rows.values()), desc=self.name, unit="row", disable=None, leave=False, delay=2) as bar:
-            pool = _concatenate(list(self._distinct(self.n_train + self.n_val, self.trained_lengths, 0, seen, bar)))
+            pool = _concatenate(list(self._distinct(self.n_train + self.n_val, self.trained_lengths, POOL, seen, bar)))
             tested = self.tested_lengths
             parts: list[Rows] = []
             for i, length in enumerate(tested):
                 n = self.n_test // len(tested) + (i < self.n_test % len(tested))
-                parts += self._distinct(n, (length, length), i + 1, seen, bar)
-        # short sequences may run out early, so the pool is not in a random order
-        order = np.random.default_rng([self.seed, 0]).permutation(self.n_train + self.n_val)
+                parts += self._distinct(n, (length, length), TEST + i, seen, bar)
+        # short sequences may run out early, so the pool is not in a random order; test sequences are in that of lengths
+        order = permutation(self.n_train + self.n_val, self.seed, POOL_ORDER)
         return {
             "train": self._dataset(pool.take(order[: self.n_train])),
             "val": self._dataset(pool.take(order[self.n_train :])),
-            "test": self._dataset(_concatenate(parts)),
+            "test": self._dataset(_concatenate(parts).take(permutation(self.n_test, self.seed, TEST_ORDER))),
         }
 
     def _distinct(self, n: int, lengths: tuple[int, int], stream: int, seen: set[bytes], bar: tqdm) -> Iterator[Rows]:

@@ -114,6 +114,22 @@ def test_reads_selected_and_limited_rows():
     assert describe(examples)["tokens"] == len(rows[5]) + len(rows[2])
 
 
+@pytest.mark.parametrize(("stored", "read"), [("uint8", "uint8"), ("uint16", "int32"), ("int32", "int32")])
+def test_rows_in_many_batches_of_a_file_are_copied_once(stored, read, tmp_path, monkeypatch):
+    rows = make_rows(2_500)  # saved in batches of 1,000 rows
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value(stored)), "label": datasets.Value("uint8")})
+    datasets.Dataset.from_dict({"input_ids": rows, "label": [1] * 2_500}, features).save_to_disk(tmp_path / "rows")
+    copied = []
+    join = np.concatenate
+    monkeypatch.setattr("numpy.concatenate", lambda *a, **k: copied.append(join(*a, **k)) or copied[-1])
+    side = Examples.from_dataset(datasets.load_from_disk(tmp_path / "rows"), Words()).sides[0]
+    assert str(side.flat.dtype) == f"torch.{read}" and side.flat.tolist() == [i for row in rows for i in row]
+    assert any(np.shares_memory(side.flat.numpy(), array) for array in copied)
+    assert sum(array.nbytes for array in copied if array.dtype == read and len(array) == len(side.flat)) == (
+        side.flat.nbytes
+    )
+
+
 @pytest.mark.parametrize("block", [1, 4])
 def test_shuffling_moves_whole_blocks_within_a_row(block):
     examples, rows = make_examples(30)

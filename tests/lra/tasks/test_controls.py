@@ -125,9 +125,9 @@ def test_splits_are_disjoint_and_of_the_sizes_and_lengths_asked_for(case):
     rows = [tuple(ids) for split in splits.values() for ids in split["input_ids"]]
     assert len(set(rows)) == len(rows)
     least, most = task.trained_lengths
-    for name in ("train", "val"):
-        assert {least, most} <= set(map(len, splits[name]["input_ids"])) <= set(range(least, most + 1))
-    tested = Counter(map(len, splits["test"]["input_ids"]))
+    lengths = {name: list(map(len, split["input_ids"])) for name, split in splits.items()}
+    assert {least, most} <= set(lengths["train"]) and {*lengths["train"], *lengths["val"]} <= {*range(least, most + 1)}
+    tested = Counter(lengths["test"])
     assert set(tested) == set(task.tested_lengths) and max(tested.values()) - min(tested.values()) <= 1
     assert len({str(split.features) for split in splits.values()}) == 1
 
@@ -159,14 +159,14 @@ def test_reference_lines(case):
         for row in test:
             shown = [token - first_value for token in row["input_ids"][1 : 2 * task.n_pairs : 2]]
             asked = [label for label in row["labels"] if label != IGNORED]
-            right.append(np.mean([a == b for a, b in zip(shown, asked, strict=True)]))
+            right += [a == b for a, b in zip(shown, asked, strict=True)]
     elif task.name in ("selective_copying", "induction_heads"):
         first = 4 if task.name == "selective_copying" else 3
         right = []
         for row in test:
             counts = [row["input_ids"].count(first + label) for label in range(task.n_classes)]
             labels = [label for label in row.get("labels", [row.get("label")]) if label != IGNORED]
-            right.append(np.mean([label == counts.index(max(counts)) for label in labels]))
+            right += [label == counts.index(max(counts)) for label in labels]
     elif task.name == "delayed_xor":
         counts = {name: np.array([ids.count(5) for ids in splits[name]["input_ids"]]) for name in ("train", "test")}
         rules = [lambda n: n < 2, lambda n: n > 0, lambda n: n == 0, lambda n: n == 2]
@@ -178,7 +178,7 @@ def test_reference_lines(case):
         for row in test:
             ids = row["input_ids"]
             guess = [SOLVERS[task.name](task, ids[max(0, t - 7) : t + 1], row)[-1] for t in range(len(ids))]
-            right.append(np.mean(np.equal(guess, row["labels"])))
+            right += np.equal(guess, row["labels"]).tolist()
     assert list(lines.values())[1:] == pytest.approx([np.mean(right)])
 
 
@@ -190,6 +190,31 @@ def test_data_depend_on_the_seed_and_not_on_workers_or_on_the_form_of_a_list():
     other = build_task("parity", **options, test_lengths=(20, 30), seed=1).generate()
     for name in one:
         assert one[name][:] == two[name][:] != other[name][:]
+
+
+@pytest.mark.parametrize("name", ["induction_heads", "permutations"])
+def test_the_first_test_rows_have_every_length(name):
+    lengths = (20, 30, 50)
+    splits = build_task(name, n_train=50, n_val=5, n_test=900, test_lengths=lengths).generate()
+    first = Counter(map(len, splits["test"]["input_ids"][:300]))
+    assert set(first) == set(lengths) and max(first.values()) - min(first.values()) < 5 * 2 * 100**0.5
+    assert list(map(len, splits["test"]["input_ids"])) != sorted(map(len, splits["test"]["input_ids"]))
+
+
+def test_no_stream_of_random_numbers_is_used_twice(monkeypatch):
+    seeded = []
+    make = np.random.SeedSequence
+
+    def record(entropy, *args):
+        seeded.append(make(entropy, *args).generate_state(4).tobytes())
+        return make(entropy, *args)
+
+    generator = np.random.default_rng
+    monkeypatch.setattr("numpy.random.SeedSequence", record)
+    monkeypatch.setattr("numpy.random.default_rng", lambda key: generator(record(key)))
+    monkeypatch.setattr("lra.tasks.controls.BLOCK_TOKENS", 50 * 30)
+    build_task("induction_heads", n_train=200, n_val=5, n_test=60, length=30, test_lengths=(20, 30)).generate()
+    assert len(set(seeded)) == len(seeded) > 6
 
 
 def test_blocks_are_not_repeated(monkeypatch):
