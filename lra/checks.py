@@ -24,13 +24,18 @@ def check(ok: bool, name: str, value: Any, allowed: str) -> None:
 
 
 def check_types(config: Any, prefix: str = "") -> None:
-    """Refuses a field of a dataclass whose value is not of the field's type."""
+    """Refuses a field of a dataclass whose value is not of the field's type.
+
+    An integer in a field of a float becomes one: 0 and 0.0 are one configuration, and have to have one key.
+    """
     for f in fields(config):
         kind = field_type(config, f.name)
         kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
         value = getattr(config, f.name)
         allowed = " or ".join(_words(kind) for kind in kinds)
         check(any(_fits(value, kind) for kind in kinds), f"{prefix}{f.name}", value, allowed)
+        if float in kinds and type(value) is int and int not in kinds:
+            object.__setattr__(config, f.name, float(value))  # they are frozen
 
 
 def field_type(config: Any, name: str) -> Any:

@@ -7,6 +7,7 @@ compute the same thing.
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import ceil
 from typing import Any, Literal
@@ -58,8 +59,9 @@ class Model:
 
     @property
     def name(self) -> str:
-        """The mixer, and what was asked of it: `lru`, `conv-conv_width=5`."""
-        return "-".join([self.mixer, *(f"{key}={value}" for key, value in sorted(self.mixer_kwargs.items()))])
+        """The mixer, and what was asked of it: `lru`, `conv-conv_width=5`; fit for the name of a folder."""
+        name = "-".join([self.mixer, *(f"{key}={value}" for key, value in sorted(self.mixer_kwargs.items()))])
+        return re.sub(r"[^\w=.-]+", "_", name, flags=re.ASCII)
 
     @property
     def kwargs(self) -> dict[str, Any]:

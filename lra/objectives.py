@@ -84,7 +84,7 @@ class Net(nn.Module):
         inputs: ids, or levels; with a mask channel beside the levels `body` takes one channel more.
         d_model: width of the body's features.
         denoise: add the head.
-        ink: denoising also scores levels above 0 alone.
+        ink: denoising also scores levels above 0 alone, by cross-entropy.
     """
 
     denoise: nn.Linear | None
@@ -139,23 +139,25 @@ class Net(nn.Module):
         """
         first, second, labels = batch.first, batch.second, batch.labels
         with self.autocast(first.inputs.device):
-            x = self.read(first.inputs)
-            if labels.ndim == 2:
-                # the head may have thousands of outputs: only where there is a label, and without a count to wait for
-                at = (labels == IGNORED).long().argsort(dim=1, stable=True)[:, : batch.asked]  # (B, asked)
-                features = self.body.pool(x, first.mask)
-                picked = features.gather(1, at[..., None].expand(-1, -1, features.shape[-1]))
-                return self.body.head(self.body.dropout(picked)), labels.gather(1, at)
-            if second is None:
-                return self.body(x, first.mask), labels
-            return self.body(x, first.mask, self.read(second.inputs), second.mask), labels
+            a = self.body.pool(self.read(first.inputs), first.mask)
+            b = None if second is None else self.body.pool(self.read(second.inputs), second.mask)
+        if labels.ndim == 2:
+            # the head may have thousands of outputs: only where there is a label, and without a count to wait for
+            at = (labels == IGNORED).long().argsort(dim=1, stable=True)[:, : batch.asked]  # (B, asked)
+            a, labels = a.gather(1, at[..., None].expand(-1, -1, a.shape[-1])), labels.gather(1, at)
+        return self.body.read_out(self.exact(a), None if b is None else self.exact(b)), labels
+
+    def exact(self, features: Tensor) -> Tensor:
+        """Features in the type of the weights: the heads, outside of autocast, compute in float32."""
+        return features.to(next(self.body.head.parameters()).dtype)
 
     def recover(self, inputs: Tensor, mask: Tensor | None, hidden: Tensor | None, at: Tensor) -> Tensor:
         """Predictions at the positions `at` (n,), counted through the rows one after another: (n, outputs)."""
         if self.denoise is None:
             raise RuntimeError("this network was built without a denoising head")
         with self.autocast(inputs.device):
-            return self.denoise(self.body.features(self.read(inputs, hidden), mask).flatten(0, 1)[at])
+            features = self.body.features(self.read(inputs, hidden), mask)
+        return self.denoise(self.exact(features.flatten(0, 1)[at]))
 
 
 def classification(net: Net, batch: Batch) -> Score:
@@ -205,11 +207,13 @@ def causal_denoising(net: Net, batch: Batch) -> Score:
 def recovered(net: Net, predicted: Tensor, target: Tensor, counts: Tensor) -> Score:
     """Scores predictions (n, outputs) of targets: ids (n,), or levels (n, C), by the loss the inputs ask for.
 
+    Ink is a level above 0; where levels are read as ids, the id is the level.
+
     Args:
         counts: which of the n positions count, (n,) bool.
     """
     if isinstance(net.inputs, Ids):
-        return cross_entropy(predicted, target, counts)
+        return with_ink(net, predicted, target, counts)
     counts = counts[:, None].expand(target.shape)  # (n, C)
     if net.inputs.loss == "l1":
         wanted = net.normalised(target).where(counts, 0)
@@ -217,11 +221,16 @@ def recovered(net: Net, predicted: Tensor, target: Tensor, counts: Tensor) -> Sc
         sums = {"residual": (error.detach() ** 2).sum(), "target": wanted.sum(), "target2": (wanted**2).sum()}
         return Score.of(error.abs().sum(), counts.sum(), **sums)
     logits, levels = predicted.unflatten(-1, (net.inputs.channels, GRAYS)).flatten(0, 1), target.flatten().long()
-    score = cross_entropy(logits, levels, counts.flatten())
+    return with_ink(net, logits, levels, counts.flatten())
+
+
+def with_ink(net: Net, logits: Tensor, targets: Tensor, counts: Tensor) -> Score:
+    """`cross_entropy`, and the predictions on ink by themselves if the task has any."""
+    score = cross_entropy(logits, targets, counts)
     if not net.ink:
         return score
-    ink = (levels > 0) & counts.flatten()
-    hits = (logits.argmax(-1) == levels) & ink
+    ink = (targets > 0) & counts
+    hits = (logits.argmax(-1) == targets) & ink
     return score._replace(ink_scored=ink.sum(), ink_correct=hits.sum())
 
 

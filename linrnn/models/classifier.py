@@ -103,12 +103,19 @@ class SequenceClassifier(Pretrained):
         if mask2 is not None and x2 is None:
             raise ValueError("mask2: expected None without x2, got a mask")
         pooled = self.pool(x, mask)
-        if x2 is not None:
-            a, b = pooled, self.pool(x2, mask2)
-            if a.shape != b.shape:
-                raise ValueError(f"x2: expected the batch size of x, {a.shape[0]}, got {b.shape[0]}")
-            pooled = torch.cat((a, b, a - b, a * b), -1)
-        return self.head(self.dropout(pooled))
+        if x2 is None:
+            return self.read_out(pooled)
+        second = self.pool(x2, mask2)
+        if pooled.shape != second.shape:
+            raise ValueError(f"x2: expected the batch size of x, {pooled.shape[0]}, got {second.shape[0]}")
+        return self.read_out(pooled, second)
+
+    def read_out(self, a: Tensor, b: Tensor | None = None) -> Tensor:
+        """Maps what `pool` returns of an input, or of both, to logits: (B, d_model) to (B, n_classes).
+
+        Without pooling it takes any number of tokens: (B, n, d_model) to (B, n, n_classes).
+        """
+        return self.head(self.dropout(a if b is None else torch.cat((a, b, a - b, a * b), -1)))
 
     def features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Maps inputs to the features of each token behind the last norm, (B, T, d_model)."""

@@ -32,6 +32,19 @@ def test_defaults_spelled_out_are_the_same_cell(tiny):
     assert tiny().key == tiny(task={"mask_rate": 0.10, "pooling": "mean"}).key
 
 
+def test_whole_numbers_are_numbers(tiny):
+    """What YAML reads as 0 and as 0.0 is one cell, in the sections as in the options of the task."""
+    whole = tiny(optim={"weight_decay": 0, "clip": 1}, task={"mask_rate": 0})
+    assert whole.key == tiny(optim={"weight_decay": 0.0, "clip": 1.0}, task={"mask_rate": 0.0}).key
+    assert type(whole.optim.weight_decay) is type(whole.optim.clip) is float and type(whole.optim.batch_size) is int
+
+
+def test_the_folder_of_a_cell_lies_in_runs_dir(tiny):
+    """Whatever stands in the mixer's arguments."""
+    key = tiny(model={"mixer_kwargs": {"a/../../b": "../..", "n_heads": 4, "width": [1, 2]}}).key
+    assert key.startswith("listops/lru-a_.._.._b=.._..-n_heads=4-width=_1_2_-scratch/seed0-") and key.count("/") == 2
+
+
 def test_finetuning_grids_share_one_pretraining(tiny):
     base = tiny(regime="finetune", optim={"pretrain_lr": 1e-3})
     other = tiny(regime="finetune", optim={"pretrain_lr": 1e-3, "lr": 5e-4}, budget={"labels": 10})

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from linrnn.models import SequenceClassifier
+from lra.config import Compute
 from lra.examples import Batch, Side
 from lra.objectives import Net, causal_denoising, classification, draw_mask, masked_denoising, measures
 from lra.tasks import Ids, Levels
@@ -120,6 +121,38 @@ def test_masked_levels_are_hidden_behind_the_mean_and_a_mark(loss, channels):
     right = logits.argmax(-1) == levels
     assert (score.ink_scored, score.ink_correct) == (ink.sum(), (ink & right).sum())
     assert score.correct == (right & hidden[..., None]).sum()
+
+
+def test_levels_read_as_ids_have_ink_too():
+    net, batch = make(True)
+    ids = torch.where(batch.first.real, torch.randint(0, 9, (3, 6)), PAD)
+    ids[0, :3] = 0
+    batch = batch._replace(first=batch.first._replace(inputs=ids))
+    hidden = draw_mask(batch.first, (0, 1), 0.7, torch.Generator().manual_seed(3)) & batch.first.real
+    assert masked_denoising(net, batch, torch.Generator().manual_seed(3), rate=0.7).ink_scored == 0
+    net.ink = True
+    score = masked_denoising(net, batch, torch.Generator().manual_seed(3), rate=0.7)
+    right = logits_at(net, torch.where(hidden, MASK, ids), batch.first.mask).argmax(-1) == ids
+    ink = hidden & (ids > 0)
+    assert 0 < ink.sum() < hidden.sum()
+    assert (score.ink_scored, score.ink_correct) == (ink.sum(), (ink & right).sum())
+
+
+@pytest.mark.parametrize("options", [{}, {"two_inputs": True}, {"pooling": "none"}])
+def test_heads_compute_in_float32(options):
+    """In bf16 the network gives them its features, and logits come out that are no multiples of 2^-8 of themselves."""
+    net, batch = make(True, **options)
+    net.computed(Compute(precision="bf16"))
+    seen = []
+    for head in (net.body.head, net.denoise):
+        head.register_forward_hook(lambda module, args, out: seen.extend([args[0].dtype, out.dtype]))
+    if "two_inputs" in options:
+        batch = batch._replace(second=batch.first)
+    if "pooling" in options:
+        batch = batch._replace(labels=torch.zeros(3, 6).long(), asked=2)
+    logits, _ = net.classify(batch)
+    net.recover(batch.first.inputs, batch.first.mask, None, torch.tensor([0, 2]))
+    assert seen == [torch.float32] * 4 and not torch.equal(logits, logits.bfloat16().float())
 
 
 def test_causal_levels_predict_the_next_position():
