@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,8 @@ def load(
         cache_dir: folder of all data sets; None for `default_cache_dir()`.
         workers: threads that generate; None for one per core. The data do not depend on it.
         force: make them even if cached, replacing what is there.
-        data_dir: folder of the source files of a task on real data; None for the hub. What is cached comes first.
+        data_dir: folder of the source files of a task on real data; None for the hub. What is cached comes first, and
+            if it was made of other files than those in the folder, by their names and sizes, there is a warning.
 
     Raises:
         CacheError: the cached files are not those that were written.
@@ -80,11 +82,14 @@ def load(
 
     folder = data_folder(task, cache_dir)
     if folder.exists() and not force and not os.access(folder.parent, os.W_OK):
+        _compare_source(task, folder, source)
         return _read(task, folder)  # nobody here can write to a shared, read-only cache, so nothing is to be locked
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if force or not folder.exists():
             _write(task, folder, workers, source)
+        else:
+            _compare_source(task, folder, source)
         return _read(task, folder)
 
 
@@ -144,6 +149,33 @@ def origin(task: Task, cache_dir: str | os.PathLike[str] | None = None) -> dict[
     return {"fingerprint": hashlib.sha256(values.encode()).hexdigest()[:16], "source": manifest.get("source", {})}
 
 
+def _compare_source(task: Task, folder: Path, data_dir: Path | None) -> None:
+    """Warns if a cached data set was not made of what the user's folder holds; hashes are not compared."""
+    from lra.tasks.sources import SourceError
+
+    recorded = _manifest(task, folder).get("source")
+    if data_dir is None or recorded is None:
+        return
+    try:
+        found = task.source(data_dir, hashes=False)
+    except SourceError:
+        return  # the folder does not hold this task's files, but perhaps another's
+    one, other = _source_name(recorded), _source_name(found)
+    if one != other:
+        warnings.warn(
+            f"the cached data of task {task.name!r} in {folder} were made of {one}, and are used; data_dir {data_dir} "
+            f"holds {other}: to make them of that, run `lra data {task.name} --force` with the same options",
+            stacklevel=3,
+        )
+
+
+def _source_name(source: Mapping[str, Any]) -> str:
+    """What a source is, without hashes and what is derived from them, in the order of names."""
+    files = [f"{name} ({file['bytes']:,} bytes)" for name, file in sorted(source.get("files", {}).items())]
+    named = [f"{key} {source[key]}" for key in sorted(source) if isinstance(source[key], str)]
+    return ", ".join(named + files) or "no source"
+
+
 def _read(task: Task, folder: Path) -> dict[str, Dataset]:
     import datasets
 
@@ -185,15 +217,25 @@ def _sha256(path: Path) -> str:
 
 
 def _values_sha256(split: Dataset) -> str:
-    """Hashes the columns in the order of their names: name, type and values; lists are flattened."""
+    """Hashes the columns in the order of their names: name, type and values; of lists the lengths and what they hold.
+
+    It is the same however the rows are cut into Arrow arrays.
+    """
     import pyarrow as pa
 
     digest = hashlib.sha256()
     for name in sorted(split.column_names):
+        lengths: list[Any] = []  # of the lists at each depth
         for i, part in enumerate(chunks(split, name)):
             if i == 0:
                 digest.update(f"{name}: {part.type}\n".encode())
+            depth = 0
             while pa.types.is_list(part.type):
-                part = part.flatten()
+                if depth == len(lengths):
+                    lengths.append(hashlib.sha256())
+                lengths[depth].update(part.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+                part, depth = part.flatten(), depth + 1
             digest.update(part.to_numpy(zero_copy_only=False).tobytes())
+        for of_depth in lengths:
+            digest.update(of_depth.digest())
     return digest.hexdigest()

@@ -52,5 +52,5 @@ class Digits(Images):
         cut = N_TRAIN_VAL
         return {"train": (levels[:cut], labels[:cut]), "test": (levels[cut:], labels[cut:])}
 
-    def source(self, data_dir: Path | None) -> dict[str, Any]:
+    def source(self, data_dir: Path | None, hashes: bool = True) -> dict[str, Any]:
         return {"package": "scikit-learn", "table": "load_digits"}

@@ -104,36 +104,31 @@ class Images(Task):
         """Returns the splits; see the base.
 
         Raises:
-            ValueError: the source cannot be read, holds another kind of image, or fewer than asked for.
+            ValueError: the source cannot be read, holds another kind of image, or not those asked for.
         """
         from lra.tasks.draws import permutation
+        from lra.tasks.sources import count_rows
 
         if workers is not None and workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
         source = self.read(workers, data_dir)
         n_source = {split: len(labels) for split, (_, labels) in source.items()}
-        held = f"{n_source['train']} training and {n_source['test']} test images"
-        if min(self._available(n_source).values()) < 1:
-            raise ValueError(f"the source of task {self.name!r} has only {held}: too few for three splits")
+        sizes = count_rows(self, self._available(n_source), self._available(self.n_source))
         shuffled = {split: permutation(n, self.seed, origin) for origin, (split, n) in enumerate(n_source.items())}
         n_val = self.held_out(n_source["train"])
         order = {"train": shuffled["train"][n_val:], "val": shuffled["train"][:n_val], "test": shuffled["test"]}
         splits: dict[str, Dataset] = {}
         for split in SPLITS:
-            n = getattr(self, f"n_{split}")
-            found = len(order[split])
-            if n is not None and n > found:
-                raise ValueError(f"n_{split} must be at most {found}, since the source has {held}; got {n}")
             origin = "test" if split == "test" else "train"
             levels, labels = source[origin]
-            index = order[split][:n]
+            index = order[split][: sizes[split]]
             splits[split] = _dataset(self.arrange(levels[index]), labels[index], index, origin == "test")
         return splits
 
-    def source(self, data_dir: Path | None) -> dict[str, Any]:
+    def source(self, data_dir: Path | None, hashes: bool = True) -> dict[str, Any]:
         from lra.tasks.sources import describe_source
 
-        return describe_source(self, data_dir)
+        return describe_source(self, data_dir, hashes)
 
     def picture(self, splits: Mapping[str, Dataset], path: Path) -> None:
         """Writes a contact sheet of training images as they are read, a column for each class."""
@@ -170,6 +165,7 @@ class Image(Images):
     shape: ClassVar[tuple[int, int, int]] = (32, 32, 1)
     classes: ClassVar[tuple[str, ...]] = CIFAR
     n_source: ClassVar[dict[str, int]] = {"train": 50_000, "test": 10_000}
+    benchmark_rows: ClassVar[dict[str, int]] = {"train": 45_000, "val": 5_000, "test": 10_000}
     mean: ClassVar[float] = 122.6
     std: ClassVar[float] = 61.0
 

@@ -57,6 +57,7 @@ class ListOps(Task):
 
     name: ClassVar[str] = "listops"
     summary: ClassVar[str] = "value of a nested expression of MIN, MAX, MED, SM on digits"
+    benchmark_rows: ClassVar[dict[str, int]] = {"train": 96_000, "val": 2_000, "test": 2_000}
     n_classes: ClassVar[int] = 10
     causal_pooling: ClassVar[str] = "last"
     inputs: ClassVar[Ids] = Ids(len(TOKENS), pad_id=_IDS["<pad>"], mask_id=_IDS["<mask>"])

@@ -71,6 +71,7 @@ class Pathfinder(Task):
     ink: ClassVar[bool] = True
     not_data: ClassVar[tuple[str, ...]] = (*Task.not_data, "encoding", "pretrain_loss")
     size: ClassVar[int] = 32
+    benchmark_rows: ClassVar[dict[str, int]] = {"train": 160_000, "val": 20_000, "test": 20_000}
     n_classes: ClassVar[int] = 2  # type: ignore[assignment]
 
     def check(self) -> None:
@@ -159,10 +160,10 @@ class Pathfinder(Task):
                 raise
         return levels, columns
 
-    def source(self, data_dir: Path | None) -> dict[str, Any]:
+    def source(self, data_dir: Path | None, hashes: bool = True) -> dict[str, Any]:
         from lra.tasks.pathfinder_release import describe_release
 
-        return describe_release(self, data_dir) if self.images == "release" else {}
+        return describe_release(self, data_dir, hashes) if self.images == "release" else {}
 
     def reference_lines(self, splits: Mapping[str, Dataset]) -> dict[str, float]:
         """Returns the test accuracies of the most frequent label and of the markers' distance alone."""

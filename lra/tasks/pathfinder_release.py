@@ -36,7 +36,7 @@ def read_release(
 ) -> tuple[np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]]]:
     """Returns levels (n, size^2) uint8, and label and index (its line in all metadata), in the order of the metadata.
 
-    Files of no bytes, of which the release has one, are left out.
+    Files of no bytes, of which the release has one, are left out, and then there may be one image fewer.
 
     Raises:
         ValueError: no release, a line of metadata that is none, a missing or damaged image, or too few images.
@@ -44,7 +44,13 @@ def read_release(
     from tqdm.auto import tqdm
 
     folder = _folder(task, data_dir)
-    rows = [(index, *row) for index, row in enumerate(_rows(folder)) if _bytes(row[0])][: task.n_images]
+    named = _rows(folder)
+    rows = [(index, *row) for index, row in enumerate(named) if _bytes(row[0])][: task.n_images]
+    if len(named) < task.n_images:
+        raise SourceError(
+            f"{folder} names {len(named)} images and n_images is {task.n_images}: a part of the release is missing; to "
+            "take what is there, which is then not the benchmark, lower n_images"
+        )
     if len(rows) < 10:
         raise SourceError(f"{folder} holds {len(rows)} images; at least 10 are needed")
     levels = np.empty((len(rows), task.size**2), np.uint8)
@@ -73,15 +79,19 @@ def read_release(
     return levels, columns
 
 
-def describe_release(task: Pathfinder, data_dir: Path | None) -> dict[str, Any]:
-    """Returns the release's metadata files with their SHA-256, and which images are left out for being empty."""
+def describe_release(task: Pathfinder, data_dir: Path | None, hashes: bool = True) -> dict[str, Any]:
+    """Returns the release's metadata files with their SHA-256, and which images are left out for being empty.
+
+    Without `hashes` no file is read or looked for, and the empty images are not told.
+    """
     folder = _folder(task, data_dir)
-    empty = [path.relative_to(folder).as_posix() for path, _ in _rows(folder) if not _bytes(path)]
-    return {
+    described = {
         "release": folder.relative_to(folder.parents[1]).as_posix(),
-        **describe_files(_metadata(folder)),
-        "empty": empty,
+        **describe_files(_metadata(folder), hashes),
     }
+    if hashes:
+        described["empty"] = [path.relative_to(folder).as_posix() for path, _ in _rows(folder) if not _bytes(path)]
+    return described
 
 
 def _folder(task: Pathfinder, data_dir: Path | None) -> Path:

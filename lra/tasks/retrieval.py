@@ -7,7 +7,6 @@ the authors, in a file of several gigabytes; `lra.tasks.retrieval_imdb` is a tas
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -83,17 +82,6 @@ class TextPairs(Task):
     def inputs(self) -> Ids:
         return INPUTS[self.encoding]
 
-    def capped(self, split: Split, found: int) -> int:
-        """Returns how many of `found` rows the split has.
-
-        Raises:
-            ValueError: fewer than asked for, or none.
-        """
-        n = getattr(self, f"n_{split}")
-        if found < (n or 1):
-            raise ValueError(f"n_{split} must be at most {found} with this source; got {n}")
-        return n or found
-
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(TextPairs):
@@ -102,16 +90,19 @@ class Retrieval(TextPairs):
     The splits, which are the benchmark's, have the columns input_ids and input_ids_2 (uint8 tokens), label (1: one
     cites the other), index (of the line in its file, from 0) and origin (0: train, 1: eval, 2: test). S4's loaders
     read characters with a vocabulary of printable ASCII alone; the one here holds it.
+
+    A file with another number of lines than the benchmark's, such as one cut off between two lines, is refused unless
+    its split has a cap.
     """
 
     name: ClassVar[str] = "retrieval"
     summary: ClassVar[str] = "do two papers cite each other? (AAN; Retrieval of the Long Range Arena, from your files)"
     folders: ClassVar[tuple[str, ...]] = ("tsv_data", "lra_release/tsv_data", "lra_release/lra_release/tsv_data")
-    published: ClassVar[dict[str, int]] = {"train": 147_086, "val": 18_090, "test": 17_437}
+    benchmark_rows: ClassVar[dict[str, int]] = {"train": 147_086, "val": 18_090, "test": 17_437}
 
     @property
     def rows(self) -> dict[str, int]:
-        return {split: getattr(self, f"n_{split}") or n for split, n in self.published.items()}
+        return {split: getattr(self, f"n_{split}") or n for split, n in self.benchmark_rows.items()}
 
     def files(self, data_dir: Path | None) -> dict[Split, Path]:
         """Returns the file of each split.
@@ -137,20 +128,21 @@ class Retrieval(TextPairs):
         """Returns the splits; see the base.
 
         Raises:
-            ValueError: a file is missing, a line is not label, two ids and two texts, or there are too few.
+            ValueError: a file is missing, a line is not label, two ids and two texts, or there are not those asked for.
         """
         files = self.files(data_dir)
         return {split: self._read(split, path, i).dataset() for i, (split, path) in enumerate(files.items())}
 
-    def source(self, data_dir: Path | None) -> dict[str, Any]:
+    def source(self, data_dir: Path | None, hashes: bool = True) -> dict[str, Any]:
         from lra.tasks.sources import describe_files
 
-        return describe_files(list(self.files(data_dir).values()))
+        return describe_files(list(self.files(data_dir).values()), hashes)
 
     def _read(self, split: Split, path: Path, origin: int) -> Pairs:
         import numpy as np
 
         from lra.tasks.draws import permutation
+        from lra.tasks.sources import count_rows
         from lra.tasks.text_encoding import Tokens, encode
 
         lines = _lines(path)
@@ -161,13 +153,8 @@ class Retrieval(TextPairs):
             labels.extend(block_labels)
             for side, texts_of_side in zip(sides, texts, strict=True):
                 side.append(encode(texts_of_side, self.encoding, self.max_tokens))
-        if len(labels) != self.published[split]:
-            warnings.warn(
-                f"{path} has {len(labels)} pairs, that of the Long Range Arena has {self.published[split]}: results "
-                "are not comparable, and the file may be truncated",
-                stacklevel=2,
-            )
-        index = permutation(len(labels), self.seed, origin)[: self.capped(split, len(labels))]
+        n = count_rows(self, {split: len(labels)}, self.benchmark_rows)[split]
+        index = permutation(len(labels), self.seed, origin)[:n]
         first, second = (Tokens.concatenate(side).take(index) for side in sides)
         more: dict[str, np.ndarray] = {
             "index": index.astype(np.int32),

@@ -64,12 +64,12 @@ class RetrievalIMDB(TextPairs):
         progress = tqdm(SPLITS, desc=f"{self.name} pairs", unit="split", disable=None, leave=False)
         return {split: self._pairs(split, reviews[split], i).dataset() for i, split in enumerate(progress)}
 
-    def source(self, data_dir: Path | None) -> dict[str, Any]:
+    def source(self, data_dir: Path | None, hashes: bool = True) -> dict[str, Any]:
         from lra.tasks.sources import describe_files, find_files
 
         folder = self._folder(data_dir)
         shards = [path for paths in find_files(self, folder).values() for path in paths]
-        return describe_files([*shards, *self._films(folder).values()])
+        return describe_files([*shards, *self._films(folder).values()], hashes)
 
     def read(self, data_dir: Path | None) -> dict[Split, Reviews]:
         """Returns the reviews of each split, all of different texts."""
@@ -112,11 +112,12 @@ class RetrievalIMDB(TextPairs):
         import numpy as np
 
         from lra.tasks.imdb_pairs import draw_pairs
+        from lra.tasks.sources import count_rows
         from lra.tasks.text_encoding import encode
 
         rounds = self.rounds if split == "train" else 1
         drawn = draw_pairs(reviews.film, reviews.label, rounds, self.seed, 1 + stream)
-        n = self.capped(split, len(drawn[0]))
+        n = count_rows(self, {split: len(drawn[0])}, self.benchmark_rows)[split]
         first, second, label = (column[:n] for column in drawn)
         tokens = encode(reviews.texts, self.encoding, self.max_tokens)
         more = {

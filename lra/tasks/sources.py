@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -61,23 +61,47 @@ def read_source(task: RealTask, data_dir: Path | None, columns: dict[str, str]) 
     return {split: in_memory(table) for split, table in tables.items()}
 
 
-def describe_source(task: RealTask, data_dir: Path | None) -> dict[str, Any]:
-    """Returns where the data come from: {"hub": name}, or {"files": {name: {"bytes", "sha256"}}}."""
+def describe_source(task: RealTask, data_dir: Path | None, hashes: bool = True) -> dict[str, Any]:
+    """Returns where the data come from: {"hub": name}, or the files; see `describe_files`."""
     if data_dir is None:
         return {"hub": task.hub}
-    return describe_files([path for paths in find_files(task, data_dir).values() for path in paths])
+    return describe_files([path for paths in find_files(task, data_dir).values() for path in paths], hashes)
 
 
-def describe_files(paths: Sequence[Path]) -> dict[str, Any]:
-    """Returns {"files": {name: {"bytes", "sha256"}}}."""
-    described = {}
-    for path in paths:
-        with path.open("rb") as file:
-            described[path.name] = {
-                "bytes": path.stat().st_size,
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            }
+def describe_files(paths: Sequence[Path], hashes: bool = True) -> dict[str, Any]:
+    """Returns {"files": {name: {"bytes", "sha256"}}}; without `hashes` no file is read, and there are bytes alone."""
+    described: dict[str, dict[str, Any]] = {path.name: {"bytes": path.stat().st_size} for path in paths}
+    if hashes:
+        for path in paths:
+            with path.open("rb") as file:
+                described[path.name]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return {"files": described}
+
+
+def count_rows(task: RealTask, found: Mapping[str, int], expected: Mapping[str, int] | None) -> dict[str, int]:
+    """Returns how many of the `found` rows each split has: its option n_<split>, or all of them.
+
+    Args:
+        expected: all of them, as the benchmark has it; None where no number is known.
+
+    Raises:
+        SourceError: a split without a cap has not the rows expected, or one with a cap has fewer, or none.
+    """
+    caps = {split: getattr(task, f"n_{split}") for split in found}
+    other = [s for s, n in found.items() if caps[s] is None and expected is not None and n != expected[s]]
+    if other:
+        wanted = ", ".join(
+            f"{found[split]} rows for {split} instead of {expected[split]}" for split in other if expected
+        )
+        cure = ", ".join(f"n_{split} (at most {found[split]})" for split in other)
+        raise SourceError(
+            f"the source of task {task.name!r} gives {wanted}: it is another one, or a part of it is missing; to take "
+            f"what is there, which is then not the benchmark, set {cure}"
+        )
+    for split, n in found.items():
+        if n < (caps[split] or 1):
+            raise SourceError(f"n_{split} must be at most {n} with this source; got {caps[split]}")
+    return {split: caps[split] or n for split, n in found.items()}
 
 
 def search_folders(task: RealTask, data_dir: Path) -> list[Path]:

@@ -1,15 +1,19 @@
 """The cache of data sets: made once, whole or absent, checked on every load."""
 
+import hashlib
 import json
 import subprocess
 import sys
 import threading
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from lra.data import CacheError, data_folder, default_cache_dir, load
-from lra.tasks import ListOps
+from lra.data import CacheError, _values_sha256, data_folder, data_key, default_cache_dir, load, origin
+from lra.tasks import TASKS, ListOps, build_task
+from lra.tasks.in_memory import in_memory
 
 TASK = ListOps(n_train=40, n_val=8, n_test=8, max_depth=3, max_args=4, min_length=4, max_tree_length=30)
 
@@ -37,6 +41,97 @@ def test_made_once(tmp_path, calls):
     assert contents(load(TASK, tmp_path)) == contents(first) == contents(TASK.splits(tmp_path))
     assert len(calls) == 2  # the first load and the line that compares
     assert leftovers(tmp_path) == [data_folder(TASK, tmp_path).name]
+
+
+FEW = {"n_train": 12, "n_val": 4, "n_test": 8}
+GENERATED = {
+    "listops": {**FEW, "max_depth": 3, "max_args": 4, "min_length": 4, "max_tree_length": 30},
+    "digits": FEW,
+    "pathfinder": {"n_images": 10},
+    "pathx": {"n_images": 10},
+    "pathx256": {"n_images": 10},
+    "mqar": {**FEW, "vocab": 12, "length": 16, "n_pairs": 3},
+    "selective_copying": {**FEW, "context": 20, "n_tokens": 3},
+    "induction_heads": {**FEW, "length": 9, "test_lengths": (8, 20)},
+    "permutations": {**FEW, "min_train_length": 5, "max_train_length": 9, "test_lengths": (5, 20)},
+    "parity": {**FEW, "min_train_length": 9, "max_train_length": 12, "test_lengths": (12, 20)},
+    "delayed_xor": {**FEW, "length": 30, "distance": 4},
+}
+FROM_FILES = {"image", "scifar", "smnist", "psmnist", "text", "retrieval", "retrieval_imdb"}
+
+
+def test_every_task_is_here_or_reads_files():
+    assert set(TASKS) == {*GENERATED, *FROM_FILES}
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_every_generated_task_comes_back_from_the_cache(name, tmp_path):
+    task = build_task(name, **GENERATED[name])
+    made, cached = load(task, tmp_path), load(task, tmp_path)
+    assert contents(made) == contents(cached) == contents(task.generate(1, None))
+    assert origin(task, tmp_path)["fingerprint"]
+    config = task.data_config()
+    assert config == json.loads(json.dumps(config)), "a manifest gives back what JSON has: lists, no tuples"
+    assert data_key(task) == data_key(build_task(name, **{k: v for k, v in config.items() if k in GENERATED[name]}))
+
+
+def test_fingerprints_tell_where_rows_end_and_not_how_they_are_stored():
+    def rows(*parts):
+        chunks = [pa.array(part, pa.list_(pa.uint8())) for part in parts]
+        return _values_sha256(in_memory(pa.table({"input_ids": pa.chunked_array(chunks)})))
+
+    assert rows([[1, 2], [3]]) != rows([[1], [2, 3]]) != rows([[1, 2, 3], []])
+    assert rows([[1, 2], [3]]) == rows([[1, 2]], [[3]]) == rows([], [[1, 2], [3]])
+
+
+def reviews(folder, n, word="it"):
+    folder.mkdir(exist_ok=True)
+    table = pa.table({"text": [f"{word} {i}" for i in range(n)], "label": [i % 2 for i in range(n)]})
+    for split in ("train", "test"):
+        pq.write_table(table, folder / f"{split}.parquet")
+    return folder
+
+
+def test_cached_data_of_another_source_are_said_to_be(tmp_path, monkeypatch):
+    task = build_task("text", n_train=9, n_val=1, n_test=5)
+    first, second = reviews(tmp_path / "first", 40), reviews(tmp_path / "second", 50)
+    cache = tmp_path / "cache"
+    made = contents(load(task, cache, data_dir=first))
+    (tmp_path / "nothing").mkdir()
+
+    def no_hash(*args):
+        raise AssertionError("a folder of gigabytes must not be read to compare")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lra.tasks.sources.hashlib.file_digest", no_hash)
+        patch.setattr("lra.data._sha256", lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
+        for quiet in (None, first, tmp_path / "nothing"):
+            load(task, cache, data_dir=quiet)
+        with pytest.warns(UserWarning, match=r"train\.parquet \([\d,]+ bytes\).*lra data text --force") as warned:
+            assert contents(load(task, cache, data_dir=second)) == made
+        sizes = [f"{(folder / 'train.parquet').stat().st_size:,} bytes" for folder in (first, second)]
+        assert len(warned) == 1 and sizes[0] != sizes[1] and all(size in str(warned[0].message) for size in sizes)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # a cache that is only read is compared as well
+    with pytest.warns(UserWarning, match="were made of"):
+        load(task, cache, data_dir=second)
+
+
+def test_forced_data_are_of_the_folder_given(tmp_path):
+    task = build_task("text", n_train=9, n_val=1, n_test=5)
+    first, second = reviews(tmp_path / "first", 40), reviews(tmp_path / "second", 40, "another")
+    old = contents(load(task, tmp_path / "cache", data_dir=first))
+    assert contents(load(task, tmp_path / "cache", data_dir=second, force=True)) != old
+    load(task, tmp_path / "cache", data_dir=second)
+
+
+def test_data_cached_before_sources_were_recorded_are_not_compared(tmp_path):
+    task = build_task("text", n_train=9, n_val=1, n_test=5)
+    load(task, tmp_path / "cache", data_dir=reviews(tmp_path / "first", 40))
+    path = data_folder(task, tmp_path / "cache") / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["source"]
+    path.write_text(json.dumps(manifest))
+    load(task, tmp_path / "cache", data_dir=reviews(tmp_path / "second", 50))
 
 
 def test_the_columns_keep_their_types(tmp_path):

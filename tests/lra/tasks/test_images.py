@@ -16,6 +16,7 @@ from lra.tasks.images import Image, PSMnist, SCifar, SMnist
 
 NAMES = ("image", "scifar", "smnist", "psmnist", "digits")
 N_TRAIN, N_TEST = 63, 21
+ALL = {"n_train": N_TRAIN - N_TRAIN // 10, "n_val": N_TRAIN // 10, "n_test": N_TEST}  # of a source of another size
 
 
 def png(levels, mode=None):
@@ -79,7 +80,7 @@ def same(one, other):
 def test_splits_hold_the_images_that_their_index_names(colour, monkeypatch):
     monkeypatch.setattr("lra.tasks.decoding._CHUNK", 10)  # several, and a last one that is not full
     folder, images, labels = colour
-    splits = SCifar().generate(workers=2, data_dir=folder)
+    splits = SCifar(**ALL).generate(workers=2, data_dir=folder)
     for split in splits.values():
         pixels, label = rows_of(split, images, labels)
         assert np.array_equal(levels_of(split).reshape(-1, 32, 32, 3), pixels)
@@ -92,7 +93,7 @@ def test_splits_hold_the_images_that_their_index_names(colour, monkeypatch):
 
 def test_gray_of_a_colour_image_is_its_weighted_sum(colour):
     folder, images, labels = colour
-    for split in Image().generate(1, folder).values():
+    for split in Image(**ALL).generate(1, folder).values():
         pixels, _ = rows_of(split, images, labels)
         exact = pixels.reshape(len(split), -1, 3) @ np.array([0.299, 0.587, 0.114])
         # rounded by Pillow with weights of 16 bits: each off by at most 2^-17
@@ -101,15 +102,15 @@ def test_gray_of_a_colour_image_is_its_weighted_sum(colour):
 
 def test_gray_images_are_taken_as_they_are(gray):
     folder, images, labels = gray
-    for split in Image().generate(1, folder).values():
+    for split in Image(**ALL).generate(1, folder).values():
         assert np.array_equal(levels_of(split), rows_of(split, images, labels)[0].reshape(len(split), -1))
 
 
 def test_splits_depend_on_the_seed_alone_and_a_cap_takes_the_first_rows(mnist):
     folder, *_ = mnist
-    whole = SMnist(seed=3).generate(1, folder)
-    assert same(whole, SMnist(seed=3).generate(3, folder))
-    assert not same(whole, SMnist(seed=4).generate(1, folder))
+    whole = SMnist(seed=3, **ALL).generate(1, folder)
+    assert same(whole, SMnist(seed=3, **ALL).generate(3, folder))
+    assert not same(whole, SMnist(seed=4, **ALL).generate(1, folder))
     capped = SMnist(seed=3, n_train=20, n_val=2, n_test=7).generate(1, folder)
     assert [len(capped[s]) for s in SPLITS] == [20, 2, 7]
     for s in SPLITS:
@@ -119,9 +120,9 @@ def test_splits_depend_on_the_seed_alone_and_a_cap_takes_the_first_rows(mnist):
 @pytest.mark.parametrize("kind", ["random", "bit_reversal"])
 def test_permuted_mnist_is_mnist_in_another_order(mnist, kind):
     folder, *_ = mnist
-    task = PSMnist(permutation=kind)
+    task = PSMnist(permutation=kind, **ALL)
     assert sorted(task.order()) == list(range(784)) and not np.array_equal(task.order(), np.arange(784))
-    straight, permuted = SMnist().generate(1, folder), task.generate(1, folder)
+    straight, permuted = SMnist(**ALL).generate(1, folder), task.generate(1, folder)
     for s in SPLITS:
         back = np.empty_like(levels_of(permuted[s]))
         back[:, task.order()] = levels_of(permuted[s])
@@ -254,9 +255,11 @@ def test_a_bad_image_is_named(task, file, message, tmp_path):
     [
         (20, 10, {}, r"labels must lie in 0\.\.9; that of row 0 of the train images is 10"),
         (20, -1, {}, r"labels must lie in 0\.\.9; that of row 0 of the train images is -1"),
-        (9, 0, {}, "source of task 'image' has only 9 training and 9 test images: too few"),
-        (20, 0, {"n_train": 19}, "n_train must be at most 18, since the source has 20 training and 20 test.*got 19"),
-        (20, 0, {"n_test": 21}, "n_test must be at most 20, .*got 21"),
+        (20, 0, {}, r"gives 18 rows for train instead of 45000, 2 rows for val.*set n_train \(at most 18\), n_val"),
+        (20, 0, {"n_train": 9, "n_test": 9}, r"'image' gives 2 rows for val instead of 5000.*set n_val \(at most 2\)"),
+        (9, 0, {"n_train": 1, "n_val": 1, "n_test": 1}, "n_val must be at most 0 with this source; got 1"),
+        (20, 0, {"n_train": 19, "n_val": 1, "n_test": 1}, "n_train must be at most 18 with this source; got 19"),
+        (20, 0, {"n_train": 1, "n_val": 1, "n_test": 21}, "n_test must be at most 20 with this source; got 21"),
     ],
 )
 def test_a_bad_source_is_named(n, label, options, message, tmp_path):

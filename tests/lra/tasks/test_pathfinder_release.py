@@ -28,7 +28,7 @@ def release(tmp_path):
 
 
 def task(**options):
-    return build_task("pathfinder", images="release", **options)
+    return build_task("pathfinder", images="release", **{"n_images": len(LABELS), **options})
 
 
 def test_the_release_is_read_in_the_order_of_its_metadata(release):
@@ -51,6 +51,26 @@ def test_an_empty_image_is_left_out_and_counted(release):
     assert [i for name in splits for i in splits[name]["index"]] == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10]
     assert column(splits["test"], "label")[0] == LABELS[10]
     assert task().source(release.parents[1])["empty"] == ["imgs/2/sample_1.png"]
+    assert sum(map(len, task().generate(1, release.parents[1]).values())) == 11, "the one left out is no missing part"
+    for path in (release / "imgs" / "0").glob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="holds 6 images; at least 10 are needed"):
+        task().generate(1, release.parents[1])
+
+
+def test_a_source_without_hashes_reads_no_file(release, monkeypatch):
+    whole = task().source(release.parents[2])
+    monkeypatch.setattr("pathlib.Path.open", None)
+    quick = task().source(release.parents[2], hashes=False)
+    assert quick["release"] == whole["release"]
+    assert {name: file["bytes"] for name, file in whole["files"].items()} == {
+        name: file["bytes"] for name, file in quick["files"].items()
+    }
+
+
+@pytest.mark.parametrize("name", ["pathfinder", "pathx", "pathx256"])
+def test_the_benchmark_has_200_000_images_of_every_size(name):
+    assert build_task(name, n_images=200_000).rows == build_task(name).benchmark_rows
 
 
 def test_a_release_is_not_read_in_place_of_drawn_images_unasked(release, tmp_path):
@@ -85,7 +105,7 @@ def damage(release, what):
         ("cut", "sample_2.png cannot be decoded"),
         ("size", "sample_2.png must be an image of 32 x 32 pixels; it is one of 31 x 32"),
         ("line", r"line 6 of .*0\.npy must be: folder, file, number, label 0 or 1, .*sample_5"),
-        ("few", "holds 8 images; at least 10 are needed"),
+        ("few", "names 8 images and n_images is 12: a part of the release is missing; .* lower n_images"),
         ("none", "holds no metadata, such as 0.npy"),
     ],
 )

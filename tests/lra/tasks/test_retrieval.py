@@ -1,6 +1,5 @@
 """Two texts, one question: papers from the user's files, and reviews of one film or of two."""
 
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -34,17 +33,18 @@ def papers(folder: Path, **lines: list[str]) -> dict[str, list[str]]:
     return made
 
 
+ALL = {"n_train": 9, "n_val": 9, "n_test": 9}  # of the pairs above, which are not the benchmark's
+
+
 def generate(task, folder: Path | None) -> dict:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?s).*pairs, that of the Long Range Arena has")
-        return {split: data[:] for split, data in task.generate(None, folder).items()}
+    return {split: data[:] for split, data in task.generate(None, folder).items()}
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("folder", [".", "tsv_data", "lra_release/lra_release/tsv_data"])
 def test_every_pair_of_papers(tmp_path, encoding, folder):
     lines = papers(tmp_path / folder)
-    splits = generate(Retrieval(encoding=encoding), tmp_path)
+    splits = generate(Retrieval(encoding=encoding, **ALL), tmp_path)
     for origin, (split, name) in enumerate({"train": "train", "val": "eval", "test": "test"}.items()):
         data = splits[split]
         assert sorted(data["index"]) == list(range(9)) and data["origin"] == [origin] * 9
@@ -58,22 +58,24 @@ def test_every_pair_of_papers(tmp_path, encoding, folder):
 
 def test_papers_are_cut_and_capped(tmp_path):
     papers(tmp_path)
-    whole = generate(Retrieval(seed=3), tmp_path)
-    some = generate(Retrieval(seed=3, max_tokens=4, n_train=5, n_val=1), tmp_path)
+    whole = generate(Retrieval(seed=3, **ALL), tmp_path)
+    some = generate(Retrieval(seed=3, max_tokens=4, n_train=5, n_val=1, n_test=9), tmp_path)
     for split, n in {"train": 5, "val": 1, "test": 9}.items():
         assert some[split]["index"] == whole[split]["index"][:n]
         for side in ("input_ids", "input_ids_2"):
             assert some[split][side] == [ids[:4] for ids in whole[split][side][:n]]
-    assert whole["train"]["index"] != generate(Retrieval(), tmp_path)["train"]["index"]
+    assert whole["train"]["index"] != generate(Retrieval(**ALL), tmp_path)["train"]["index"]
     with pytest.raises(ValueError, match="n_test must be at most 9 with this source; got 10"):
-        generate(Retrieval(n_test=10), tmp_path)
+        generate(Retrieval(**{**ALL, "n_test": 10}), tmp_path)
 
 
-def test_the_published_numbers_of_pairs_are_expected(tmp_path):
+@pytest.mark.parametrize(("split", "n"), [("train", 147_086), ("val", 18_090), ("test", 17_437)])
+def test_the_benchmarks_numbers_of_pairs_are_expected(tmp_path, split, n):
     papers(tmp_path)
-    with pytest.warns(UserWarning, match=r"has 9 pairs, that of the Long Range Arena has \d+") as warned:
-        Retrieval().generate(None, tmp_path)
-    assert len(warned) == 3
+    uncapped = {name: cap for name, cap in ALL.items() if name != f"n_{split}"}
+    said = rf"'retrieval' gives 9 rows for {split} instead of {n}: .* set n_{split} \(at most 9\)$"
+    with pytest.raises(SourceError, match=said):
+        generate(Retrieval(**uncapped), tmp_path)
     assert Retrieval(n_val=4).rows == {"train": 147_086, "val": 4, "test": 17_437}
 
 
@@ -89,14 +91,14 @@ def test_the_published_numbers_of_pairs_are_expected(tmp_path):
 def test_lines_that_are_no_pairs(tmp_path, line, said):
     papers(tmp_path, eval=["0.0\ta\tb\tc\td", line])
     with pytest.raises(SourceError, match=said):
-        generate(Retrieval(), tmp_path)
+        generate(Retrieval(**ALL), tmp_path)
 
 
 def test_lines_that_are_no_text(tmp_path):
     papers(tmp_path)
     (tmp_path / "new_aan_pairs.test.tsv").write_bytes(b"1.0\ta\tb\t\xff\td\n")
     with pytest.raises(SourceError, match=r"line 1 of .*test\.tsv is not UTF-8"):
-        generate(Retrieval(), tmp_path)
+        generate(Retrieval(**ALL), tmp_path)
 
 
 def test_no_papers(tmp_path):

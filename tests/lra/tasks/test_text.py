@@ -70,6 +70,9 @@ def reviews(folder: Path, n: int = 50) -> dict[str, list[str]]:
     return made
 
 
+ALL = {"n_train": 45, "n_val": 5, "n_test": 50}  # of 50 reviews a split, which are not the benchmark's
+
+
 def generate(task: Text, folder: Path) -> dict:
     return {split: data[:] for split, data in task.generate(None, folder).items()}
 
@@ -77,7 +80,7 @@ def generate(task: Text, folder: Path) -> dict:
 @pytest.mark.parametrize("encoding", ["bytes", "characters"])
 def test_every_review_once_and_validation_apart(tmp_path, encoding):
     source = reviews(tmp_path / "imdb")
-    task = Text(encoding=encoding)
+    task = Text(encoding=encoding, **ALL)
     splits = generate(task, tmp_path)
     assert [len(splits[s]["label"]) for s in ("train", "val", "test")] == [45, 5, 50]
     assert sorted(splits["train"]["index"] + splits["val"]["index"]) == sorted(splits["test"]["index"]) == [*range(50)]
@@ -95,19 +98,47 @@ def test_every_review_once_and_validation_apart(tmp_path, encoding):
 
 def test_the_seed_decides_the_split_and_a_cap_takes_its_first_rows(tmp_path):
     reviews(tmp_path)
-    whole, again, other = (generate(Text(seed=seed), tmp_path) for seed in (0, 0, 1))
+    whole, again, other = (generate(Text(seed=seed, **ALL), tmp_path) for seed in (0, 0, 1))
     assert whole == again and whole["val"]["index"] != other["val"]["index"]
     capped = generate(Text(n_train=7, n_val=2, n_test=3, max_tokens=5), tmp_path)
     for split, n in {"train": 7, "val": 2, "test": 3}.items():
         assert capped[split]["index"] == whole[split]["index"][:n]
         assert capped[split]["input_ids"] == [ids[:5] for ids in whole[split]["input_ids"][:n]]
     with pytest.raises(ValueError, match="n_train must be at most 45 with this source; got 46"):
-        Text(n_train=46).generate(None, tmp_path)
+        Text(**{**ALL, "n_train": 46}).generate(None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("caps", "said"),
+    [
+        (
+            {},
+            "gives 45 rows for train instead of 22500, 5 rows for val instead of 2500, 50 rows for test instead of "
+            r"25000: .* set n_train \(at most 45\), n_val \(at most 5\), n_test \(at most 50\)$",
+        ),
+        ({"n_train": 9, "n_test": 9}, r"gives 5 rows for val instead of 2500: .* set n_val \(at most 5\)$"),
+        ({"n_train": 9, "n_val": 3}, r"gives 50 rows for test instead of 25000: .*"),
+    ],
+)
+def test_reviews_in_other_numbers_are_not_taken_for_the_benchmarks(caps, said, tmp_path):
+    reviews(tmp_path / "imdb")
+    with pytest.raises(SourceError, match=f"^the source of task 'text' {said}") as error:
+        Text(**caps).splits(tmp_path / "cache", data_dir=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_more_reviews_than_the_benchmarks_are_refused(tmp_path, monkeypatch):
+    reviews(tmp_path)
+    monkeypatch.setattr(Text, "benchmark_rows", {"train": 45, "val": 5, "test": 49})
+    with pytest.raises(SourceError, match="gives 50 rows for test instead of 49"):
+        Text().generate(None, tmp_path)
+    monkeypatch.setattr(Text, "benchmark_rows", {"train": 45, "val": 5, "test": 50})
+    assert {split: len(data["label"]) for split, data in generate(Text(), tmp_path).items()} == Text.benchmark_rows
 
 
 def test_the_cache(tmp_path):
     reviews(tmp_path / "source")
-    task = Text(encoding="characters")
+    task = Text(encoding="characters", **ALL)
     made = task.splits(tmp_path / "cache", data_dir=tmp_path / "source")
     cached = task.splits(tmp_path / "cache")  # no source is needed any more
     assert (
