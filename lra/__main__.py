@@ -154,7 +154,7 @@ def sweep(
         scales: shares of the training rows, such as 0.01,0.1,1; null: budget.data alone.
         seeds: seeds of the grid.
         lrs: learning rates of the grid; null: optim.lr alone.
-        choose: lr: try `lrs` with one more seed, keep the best on validation for each model and phase, run the seeds.
+        choose: lr: try `lrs` with a seed of its own, keep the best on validation by model and phase, run the seeds.
         choose_share: share of its steps for which each rate is tried.
         match: widen or narrow the other mixers until their parameters match the first one's within 10 %.
         launcher: local: processes of this machine; slurm: a job array, which goes on without this program.
@@ -193,11 +193,11 @@ def report(runs_dir: str = "runs", out: str | None = None) -> None:
         out: folder of the report; null: runs_dir.
     """
     from lra.report import show_report, write_report
-    from lra.results import load_results
+    from lra.results import load_choices, load_results
 
-    results = load_results(Path(runs_dir))
-    show_report(results)
-    written = write_report(results, Path(out or runs_dir))
+    results, choices = load_results(Path(runs_dir)), load_choices(Path(runs_dir))
+    show_report(results, choices)
+    written = write_report(results, Path(out or runs_dir), choices)
     print("\n".join(f"wrote {path}" for path in written))
 
 

@@ -18,8 +18,15 @@ SETTINGS = {
     "budget.labels": "labels",
     "model.dropout": "dropout",
     "compute.precision": "precision",
+    "task.mask_rate": "mask rate",
+    "task.pretrain_loss": "pretraining loss",
+    "protocol": "protocol",
+    "data.fingerprint": "values of the data",
 }
-_PRETRAINING = ("optim.pretrain_lr", "budget.pretrain_share")  # settings that a run from scratch does not read
+IN_ORDER = "in order"  # the rows of the block-shuffle probe before anything is shuffled
+# What a run from scratch does not read: settings, and options of tasks.
+_PRETRAINING = ("optim.pretrain_lr", "budget.pretrain_share")
+_PRETRAINING_OPTIONS = ("mask_rate", "pretrain_loss")
 
 
 @dataclass(frozen=True)
@@ -107,9 +114,16 @@ class Group:
 
     def shuffled(self) -> dict[int, float]:
         """{block: mean accuracy on test inputs cut into blocks of this many positions, which are shuffled}."""
-        blocks = sorted({int(block) for result in self.results for block in result["test"]["shuffled"]})
+        names = {name for result in self.results for name in result["test"]["shuffled"]} - {IN_ORDER}
+        blocks = sorted(map(int, names))
         found = {b: [r["test"]["shuffled"].get(str(b)) for r in self.results] for b in blocks}
         return {b: statistics.fmean(v for v in values if v is not None) for b, values in found.items()}
+
+    @property
+    def in_order(self) -> float:
+        """Mean accuracy on the rows that `shuffled` is about as they are; on all rows where a result has no such."""
+        tests = [result["test"] for result in self.results]
+        return statistics.fmean(test["shuffled"].get(IN_ORDER, test["accuracy"]) for test in tests)
 
     def denoised(self, name: str) -> float | None:
         """Mean of a validation number of the pretraining: loss, accuracy, r2 or ink_accuracy; None if it has none."""
@@ -133,13 +147,22 @@ def direction(result: dict[str, Any]) -> tuple[str, str]:
     return ("bidirectional", "masked") if result["config"]["model"]["bidirectional"] else ("causal", "causal")
 
 
+def shared_options(result: dict[str, Any]) -> dict[str, Any]:
+    """Name and options of the task, without those that only pretraining reads."""
+    return {name: value for name, value in result["plan"]["task"].items() if name not in _PRETRAINING_OPTIONS}
+
+
 def settings_of(result: dict[str, Any]) -> dict[str, Any]:
-    config = result["config"]
+    """{dotted name: value} of what a group of results shares beside task, mixer and width."""
+    config, task = result["config"], result["plan"]["task"]
     model = {k: v for k, v in config["model"].items() if k not in ("mixer", "d_model", "bidirectional", "per_mixer")}
     # Of the arguments that a task names by mixer, a group reads those of its own.
     model["mixer_kwargs"] = _kwargs(result)
     parts = {"model": model, "optim": config["optim"], "budget": config["budget"], "compute": config.get("compute", {})}
+    parts["task"] = {name: task[name] for name in _PRETRAINING_OPTIONS if name in task and "pretrain" in result}
     flat = {f"{outer}.{name}": value for outer, part in parts.items() for name, value in part.items()}
+    # Other versions of this program and other values of the data make other numbers.
+    flat |= {"protocol": result["plan"].get("protocol"), "data.fingerprint": result["data"].get("fingerprint")}
     unread = ("budget.checkpoint_every", *(() if "pretrain" in result else _PRETRAINING))
     return {name: value for name, value in flat.items() if name not in unread}
 
@@ -187,4 +210,6 @@ def setting(group: Group, name: str) -> str:
         return f"{100 * value:g} %"
     if isinstance(value, float):
         return f"{value:g}"
+    if name == "data.fingerprint":
+        return str(value)[:8]
     return f"{value:,}" if type(value) is int else str(value)  # True and False are ints of their own

@@ -137,6 +137,11 @@ def attempt(cell: Cell, runs_dir: str, place: Place, deadline: float | None = No
     return None
 
 
+def diverged(error: str) -> bool:
+    """Whether an error that `attempt` returned is that of a training whose loss left the numbers."""
+    return error.startswith(f"{FloatingPointError.__name__}:")
+
+
 @dataclass(frozen=True)
 class Job:
     """What an element of a job array runs; submitit pickles it."""

@@ -13,7 +13,7 @@ READING = (
     "Test accuracy (%), mean ± standard deviation over seeds (number of seeds). Pretrained: on the task's own "
     "training inputs, with the steps of pretraining taken from the same total. Where a model ran with several "
     "settings, those with the most seeds are shown, and of these the best on validation. **Bold**: best of our column "
-    "by at least one point; smaller gaps mean nothing here."
+    "by at least one point, among runs of the same budget; smaller gaps mean nothing here."
 )
 
 
@@ -65,8 +65,8 @@ def tasks_by_models(sections: list[Section], direction: str) -> Table:
     table = Table(f"overview-{direction}", f"Overview, {direction} models", [Column("model"), *columns])
     models = models_of(sections)
     grid = [[chosen(s, model, regime) for s in sections for regime in REGIMES] for model in models]
-    leaders = [leader([row[i].mean if row[i] else None for row in grid]) for i in range(len(columns))]  # type: ignore[union-attr]
     places = [s for s in sections for _ in REGIMES]
+    leaders = [leader([_equal(row[i], s) for row in grid]) for i, s in enumerate(places)]
     for i, (model, row) in enumerate(zip(models, grid, strict=True)):
         entries = [Entry(model, model)]
         for j, (g, section) in enumerate(zip(row, places, strict=True)):
@@ -90,6 +90,11 @@ def tasks_by_models(sections: list[Section], direction: str) -> Table:
     if rows:
         table.below.append(PUBLISHED)
     return table
+
+
+def _equal(group: Group | None, section: Section) -> float | None:
+    """The accuracy of a group that has what the others of its column have, and so may lead them."""
+    return group.mean if group is not None and not departures(group, section) else None
 
 
 PUBLISHED = (

@@ -13,6 +13,7 @@ READ = {
     "quoted": "quoted in another publication's table",
     "secondary": "secondary: second hand, not checked against the paper's table",
 }
+OTHER = "other"
 DIRECTIONS = ("bidirectional", "causal")
 
 
@@ -22,24 +23,25 @@ class Published:
 
     name: str
     pretraining: str | None
-    """masked, causal, or None for a model trained from scratch."""
+    """masked or causal, on the task's own inputs; other, on other data; None for a model trained from scratch."""
     direction: str | None
     """bidirectional or causal; None where the source does not state it."""
     source: str
     read: str
     accuracy: dict[str, tuple[float, float | None] | None]
     """{task: (mean in [0, 1], standard deviation or None)}; None for a run that failed."""
-    secondary: tuple[str, ...]
-    """Tasks whose value is second hand although the row is not."""
 
     @property
     def regime(self) -> str:
+        if self.pretraining == OTHER:
+            return "published, pretrained on other data"
         return "published, " + (f"{self.pretraining} pretraining" if self.pretraining else "scratch")
 
     @property
     def note(self) -> str:
-        """Source, how it was read, and direction."""
-        return f"{self.source}; {READ[self.read]}; {self.direction or 'direction not stated'}."
+        """Source, how it was read, direction, and whether pretraining was on other data than the task's inputs."""
+        other = "; pretrained on other data, not on the task's own inputs" if self.pretraining == OTHER else ""
+        return f"{self.source}; {READ[self.read]}; {self.direction or 'direction not stated'}{other}."
 
     def entry(self, task: str) -> Entry:
         """The accuracy on a task as it stands in a table; empty where none was published."""
@@ -50,8 +52,8 @@ class Published:
         mean, std = found
         # 62.15 is a little less in binary, and rounds up all the same.
         text = f"{100 * mean + 1e-9:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
-        second_hand = self.read == "secondary" or task in self.secondary
-        return Entry(text + (" (secondary)" if second_hand else ""), mean)
+        marks = ["secondary"] * (self.read == "secondary") + ["other data"] * (self.pretraining == OTHER)
+        return Entry(text + (f" ({', '.join(marks)})" if marks else ""), mean)
 
 
 @cache
@@ -67,7 +69,6 @@ def _all() -> tuple[Published, ...]:
             table["sources"][row["source"]],
             row["read"],
             {task: _value(value) for task, value in row["accuracy"].items()},
-            tuple(row.get("secondary", ())),
         )
         for row in table["rows"]
     )

@@ -1,5 +1,6 @@
 """The report of a folder of results: Markdown, one HTML page, CSV, pictures, and the tables in the terminal."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from lra.files import write_csv, write_text
 from lra.groups import direction
 from lra.html import page
 from lra.overview import overviews
+from lra.rates import Choice
 from lra.results import Section, sections
 from lra.tables import Table
 from lra.task_tables import COSTS, introduction, task_tables
@@ -14,7 +16,7 @@ from lra.task_tables import COSTS, introduction, task_tables
 WIDE = frozenset({"width x blocks", *COSTS} - {"seconds"})
 
 
-def write_report(results: list[dict[str, Any]], out: Path) -> list[Path]:
+def write_report(results: list[dict[str, Any]], out: Path, choices: Sequence[Choice] = ()) -> list[Path]:
     """Writes report.md, report.html, report.csv and the pictures to `out` and returns the paths.
 
     `report.png` shows all tasks, `report-<task>-<direction>.png` one; `report-shares.png` and `report-scales.png` are
@@ -22,6 +24,8 @@ def write_report(results: list[dict[str, Any]], out: Path) -> list[Path]:
 
     Args:
         results: of cells, as `lra.results.load_results` reads them.
+        out: folder.
+        choices: of learning rates, as `lra.results.load_choices` reads them.
     """
     from lra.plot import colours_of, save_axes, save_overview, save_section
 
@@ -36,7 +40,7 @@ def write_report(results: list[dict[str, Any]], out: Path) -> list[Path]:
         ("Overview", [], overviews(found), pictures[: -len(found)])
     ]
     for section, slug, path in zip(found, names, pictures[-len(found) :], strict=True):
-        parts.append((title(section), introduction(section), task_tables(section, slug), [path]))
+        parts.append((title(section), introduction(section), task_tables(section, slug, choices), [path]))
     text = "\n".join(markdown(*part) for part in parts)
     paths = [out / "report.md", out / "report.html", out / "report.csv"]
     write_text(paths[0], "# Long Range Arena: report\n\n" + text)
@@ -47,13 +51,13 @@ def write_report(results: list[dict[str, Any]], out: Path) -> list[Path]:
     return paths + pictures
 
 
-def show_report(results: list[dict[str, Any]]) -> None:
+def show_report(results: list[dict[str, Any]], choices: Sequence[Choice] = ()) -> None:
     """Prints the tables of a report, without the columns that would not fit into a terminal."""
     found = sections(results)
     for table in overviews(found):
         table.show()
     for section, slug in zip(found, slugs(found), strict=True):
-        for table in task_tables(section, slug):
+        for table in task_tables(section, slug, choices):
             table.show(WIDE)
 
 

@@ -1,16 +1,30 @@
 """Results of cells in sections that may be compared: what the report shows, without how it looks."""
 
 import json
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lra.choose import TRIALS
+from lra.choose import CHOSEN, TRIALS
 from lra.files import read_json
-from lra.groups import SETTINGS, Group, budget_of, direction, identity, mixer_of, model_names, setting
+from lra.groups import (
+    SETTINGS,
+    Group,
+    best,
+    budget_of,
+    direction,
+    identity,
+    mixer_of,
+    model_names,
+    setting,
+    shared_options,
+)
 
+# Options with which a task stays the benchmark's, if it has as many rows.
+SAME_DATA = ("seed", "encoding", "n_train", "n_val", "n_test", "n_images")
 ARENA = ("listops", "text", "retrieval", "image", "pathfinder", "pathx", "pathx256")
 
 
@@ -45,8 +59,15 @@ class Section:
     @cached_property
     def full_size(self) -> bool:
         """Whether the task has the benchmark's data, all of it: published numbers compare with nothing else."""
+        from lra.tasks import build_task
+
         _, data, labels = budget_of(self.main()[0])
-        return not task_changes(self.task, data_only=True) and data == 1 and labels is None
+        if task_changes(self.task, data_only=True) or data != 1 or labels is not None:
+            return False
+        made = build_task(self.name)
+        wanted = made.benchmark_rows or made.rows or {}
+        found = [result["data"] for g in self.main() for result in g.results]
+        return all(splits.get(split, {}).get("rows") == n for splits in found for split, n in wanted.items())
 
     def varying(self) -> dict[str, Any]:
         """Settings in which the groups differ beside model and regime: {column: text of a group's value}."""
@@ -69,6 +90,15 @@ class Section:
         chosen = max(cells, key=lambda b: (cells[b], b[0]))
         return tuple(g for g in self.groups if budget_of(g) == chosen)
 
+    def compared(self) -> list[Group]:
+        """What may lead: of the main budget and share, of each model and regime the settings best on validation."""
+        share = self.main_share()
+        by_kind: dict[tuple[str, bool], list[Group]] = {}
+        for g in self.main():
+            if not g.pretrained or g.share == share:
+                by_kind.setdefault((g.model, g.pretrained), []).append(g)
+        return [found for same in by_kind.values() if (found := best(same))]
+
     def main_share(self) -> float | None:
         """The share of pretraining that most pretrained cells of the main budget have."""
         shares: Counter[float] = Counter()
@@ -83,25 +113,30 @@ def task_changes(task: dict[str, Any], *, data_only: bool = False) -> list[str]:
 
     Args:
         task: name and options, as in a plan.
-        data_only: leave out options that do not change the data (the encoding, how it is pretrained and pooled).
+        data_only: leave out options that make no other task of the data: how they are encoded, pretrained and pooled,
+            the seed of the split, and how many rows there are, which the results themselves say.
     """
     from lra.tasks import build_task
 
     made = build_task(task["name"])
     defaults = json.loads(json.dumps(asdict(made)))
-    kept = {name: value for name, value in defaults.items() if not (data_only and name in made.not_data)}
+    unread = (*made.not_data, *SAME_DATA) if data_only else ()
+    kept = {name: value for name, value in defaults.items() if name not in unread}
     return [f"{name} {task[name]} ({value})" for name, value in kept.items() if task.get(name, value) != value]
 
 
 def load_results(runs_dir: Path) -> list[dict[str, Any]]:
     """Every `result.json` below a folder, sorted by path, less those by which a sweep has chosen its rates.
 
+    Of results with the same key, such as in a copied folder, the first is kept, and it is said that others were not.
+
     Raises:
         ValueError: no folder, no result, or a file that is damaged or no result of this program; it is named.
     """
     if not runs_dir.is_dir():
         raise ValueError(f"no folder {str(runs_dir)!r}; `lra run` and `lra sweep` write results to runs_dir")
-    found = []
+    found: dict[str, dict[str, Any]] = {}
+    again: list[Path] = []
     for path in sorted(runs_dir.rglob("result.json")):
         if TRIALS in path.relative_to(runs_dir).parts:
             continue
@@ -110,10 +145,32 @@ def load_results(runs_dir: Path) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{path} is no result this version can read ({problem}); move it away, or delete it and run again"
             )
-        found.append(result)
-    if not any("test" in result for result in found):
+        if result["key"] in found:
+            again.append(path)
+        found.setdefault(result["key"], result)
+    if again:
+        print(f"lra: {len(again)} results left out, whose cells are there already, such as {again[0]}", file=sys.stderr)
+    if not any("test" in result for result in found.values()):
         raise ValueError(f"no finished cell below {str(runs_dir)!r}; `lra run` and `lra sweep` write result.json there")
+    return list(found.values())
+
+
+def load_choices(runs_dir: Path) -> list[dict[str, Any]]:
+    """Every choice of a learning rate that `chosen.json` below a folder records.
+
+    Raises:
+        ValueError: a file that is damaged or none of this program; it is named.
+    """
+    found = []
+    for path in sorted(runs_dir.rglob(CHOSEN)):
+        record = read_json(path)
+        if not isinstance(record, list) or not all(isinstance(one, dict) and one.keys() >= _CHOICE for one in record):
+            raise ValueError(f"{path} is no record of chosen learning rates; move it away")
+        found += record
     return found
+
+
+_CHOICE = {"cell", "seed", "share", "validation", "lr"}
 
 
 # What the report reads of a result, by where it stands; `test` and `pretrain` only where they are.
@@ -159,7 +216,7 @@ def sections(results: list[dict[str, Any]]) -> list[Section]:
     names = model_names(results)
     grouped: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for result in results:
-        outer = json.dumps([result["plan"]["task"], direction(result)[0]], sort_keys=True)
+        outer = json.dumps([shared_options(result), direction(result)[0]], sort_keys=True)
         grouped.setdefault(outer, {}).setdefault(identity(result), []).append(result)
     made = []
     for inner in grouped.values():
@@ -169,8 +226,15 @@ def sections(results: list[dict[str, Any]]) -> list[Section]:
         ]
         groups.sort(key=lambda g: (g.model != "lru", g.model, g.pretrained, g.share, g.data, g.size))
         first = groups[0].first
-        made.append(Section(first["plan"]["task"], direction(first)[0], groups))
+        made.append(Section(task_of(groups), direction(first)[0], groups))
     return sorted(made, key=lambda s: (_place(s.name), bool(s.changes), json.dumps(s.task), s.direction))
+
+
+def task_of(groups: list[Group]) -> dict[str, Any]:
+    """Name and options of a section's task; of those that only pretraining reads, what all pretrained groups share."""
+    plans = [g.first["plan"]["task"] for g in groups if g.pretrained]
+    told = {name: {json.dumps(plan.get(name)) for plan in plans} for plan in plans for name in plan}
+    return {**shared_options(groups[0].first), **{k: v for p in plans[:1] for k, v in p.items() if len(told[k]) == 1}}
 
 
 def _place(task: str) -> int:

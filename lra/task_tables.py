@@ -1,19 +1,20 @@
 """The tables of one task: accuracies with what they cost, pretraining, groups of the test rows, shuffled blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from lra.groups import Group
+from lra.groups import IN_ORDER, Group
 from lra.overview import PUBLISHED
 from lra.published import published
+from lra.rates import Choice, rates_table
 from lra.results import Section, highest_line, standard_error
 from lra.tables import Column, Entry, Table, accuracy, leader, percent
 
 COSTS = ("steps", "tokens (M)", "Tflop", "seconds", "loader %")
 
 
-def task_tables(section: Section, slug: str) -> list[Table]:
+def task_tables(section: Section, slug: str, choices: Sequence[Choice] = ()) -> list[Table]:
     """Every table of a section; those without anything to show are left out."""
-    tables = [accuracy_table(section, slug), pretraining_table(section, slug)]
+    tables = [accuracy_table(section, slug), pretraining_table(section, slug), rates_table(section, slug, choices)]
     names = dict.fromkeys(name for g in section.groups for r in g.results for name in r["test"]["groups"])
     tables += [group_table(section, slug, name) for name in names]
     tables.append(shuffle_table(section, slug))
@@ -37,7 +38,8 @@ def accuracy_table(section: Section, slug: str) -> Table:
     varying = section.varying()
     names = ["model", "regime", *varying, "accuracy %", "std", "seeds", "reaches", "width x blocks", "parameters"]
     table = Table(f"{slug}-accuracy", f"{section.title}: test accuracy", [Column(name) for name in [*names, *COSTS]])
-    best = leader([g.mean for g in section.groups])
+    compared = section.compared()
+    best = leader([g.mean if g in compared else None for g in section.groups])
     for i, g in enumerate(section.groups):
         table.add(
             *named(g, varying),
@@ -73,9 +75,10 @@ def reading(section: Section) -> str:
     return (
         f"In brackets: rules that need no network, on the same {n:,} test sequences; `reaches` is the best of them "
         "that a mean accuracy is not below. std is over seeds; the standard error of one accuracy on this test split "
-        f"is {percent(worst)} points or less. **Bold**: ahead by at least one point. Costs are pretraining + training "
-        "on labels. Tflop are estimated from the layers' multiplications. loader % is the share of the seconds that "
-        "went into making batches. The weights of the best validation score are tested, once. "
+        f"is {percent(worst)} points or less. **Bold**: ahead by at least one point among the runs of the main budget, "
+        "of each model and regime the one with the settings that were best on validation. Costs are pretraining + "
+        "training on labels. Tflop are estimated from the layers' multiplications. loader % is the share of the "
+        "seconds that went into making batches. The weights of the best validation score are tested, once. "
         f"Run on: {'; '.join(machines)}."
     )
 
@@ -189,9 +192,11 @@ def shuffle_table(section: Section, slug: str) -> Table | None:
     for g in section.groups:
         found = g.shuffled()
         shuffled = [accuracy(found[block]) if block in found else Entry("") for block in blocks]
-        table.add(*named(g, varying), accuracy(g.mean), *shuffled)
+        table.add(*named(g, varying), accuracy(g.in_order), *shuffled)
     table.below = [
-        "Each of the first test inputs is cut into blocks of this many positions, put in random order. An accuracy "
-        "that stays was reached without the order of anything farther apart than a block."
+        "Some test inputs, the same in every column, are cut into blocks of this many positions, put in random order. "
+        "An accuracy that stays was reached without the order of anything farther apart than a block."
     ]
+    if not all(IN_ORDER in r["test"]["shuffled"] for g in section.groups for r in g.results):
+        table.below.append("Where a result does not hold it, the accuracy in order is that of all test inputs.")
     return table

@@ -15,7 +15,12 @@ R2_CURVE = [{"step": 5, "train_loss": 2.0, "train_r2": 0.1, "val_loss": 2.0, "va
 
 
 def result(cell: Cell, accuracy: float, metric: str = "accuracy") -> dict[str, Any]:
-    """The result of a cell with a test accuracy; `metric` is that of its pretraining."""
+    """The result of a cell with a test accuracy; `metric` is that of its pretraining.
+
+    A task of the benchmark has the benchmark's rows where it is left as it is.
+    """
+    task = cell.build_task()
+    rows = {"train": 60, "test": 2000} if "n_train" in cell.task else (task.benchmark_rows or task.rows)
     made = {
         "key": cell.key,
         "config": cell.to_dict(),
@@ -28,7 +33,7 @@ def result(cell: Cell, accuracy: float, metric: str = "accuracy") -> dict[str, A
         **COST,
         "best_step": 5,
         "val": {"loss": 1.0, "accuracy": accuracy - 0.01},
-        "data": {"train": {"rows": cell.budget.labels or 60}, "test": {"rows": 2000}},
+        "data": {split: {"rows": n} for split, n in rows.items()},
         "device": "cpu",
         "versions": {"torch": "2"},
         "commit": None,
@@ -46,9 +51,17 @@ def result(cell: Cell, accuracy: float, metric: str = "accuracy") -> dict[str, A
         },
         "reference_lines": LINES,
     }
+    if cell.budget.labels:
+        made["data"]["train"]["rows"] = cell.budget.labels
     if cell.regime == "finetune":
         curve = CURVE if metric == "accuracy" else R2_CURVE
-        made["pretrain"] = {"key": "p", "metric": metric, **BEFORE, "curve": curve, "val": {"loss": 1.5, metric: 0.5}}
+        made["pretrain"] = {
+            "key": cell.pretraining().key,
+            "metric": metric,
+            **BEFORE,
+            "curve": curve,
+            "val": {"loss": 1.5, metric: 0.5},
+        }
     return copy.deepcopy(made)
 
 

@@ -168,3 +168,16 @@ def test_a_failed_query_of_the_queue_is_an_error(monkeypatch, tmp_path):
         launch._queued(["1_0"])
     squeue.write_text("#!/bin/sh\necho 1_0\necho 2_5\n")
     assert launch._queued(["1_0", "1_1"]) == {"1_0"}
+
+
+def test_two_submissions_do_not_read_what_is_queued_at_the_same_time(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    from filelock import FileLock, Timeout
+
+    def read(folder):
+        with pytest.raises(Timeout):
+            FileLock(folder / ".lock").acquire(timeout=0)
+        return {}
+
+    monkeypatch.setattr(launch, "_submitted", read)
+    assert submit([], tmp_path, Place(), Slurm(), cluster="local") == []

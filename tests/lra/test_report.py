@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import statistics
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 from lra.groups import settings_of
 from lra.plot import spread
 from lra.report import show_report, write_report
-from lra.results import highest_line, load_results, sections, task_changes
+from lra.results import highest_line, load_choices, load_results, sections, task_changes
 from lra.tables import escape, leader
+from lra.task_tables import shuffle_table
 
 from .fake_results import LINES, result, write
 
@@ -69,6 +71,72 @@ def test_settings_that_differ_are_groups_and_columns(tiny):
         "lr": {"0.001", "0.5"},
         "labels": {"60", "16"},
     }
+
+
+def test_other_versions_and_other_data_are_groups_and_columns(tiny):
+    made = [result(tiny(seed=seed), 0.5) for seed in range(3)]
+    made[1]["plan"]["protocol"] = 0
+    made[2]["data"]["fingerprint"] = "0123456789abcdef"
+    (section,) = sections(made)
+    assert len(section.groups) == 3 and set(section.varying()) == {"protocol", "values of the data"}
+    assert {get(g) for get in section.varying().values() for g in section.groups} >= {"0", "01234567"}
+
+
+def test_a_copied_folder_counts_once(folder, capsys):
+    alone = load_results(folder)
+    shutil.copytree(folder, folder / "z-copy")
+    assert load_results(folder) == alone
+    error = capsys.readouterr().err
+    assert "14 results left out" in error and "z-copy" in error
+
+
+def test_shuffled_blocks_stand_beside_the_same_rows_in_order(tiny):
+    whole, part = result(tiny(), 0.5), result(tiny(model={"mixer": "attention"}), 0.5)
+    part["test"]["shuffled"]["in order"] = 0.625
+    (section,) = sections([whole, part])
+    table = shuffle_table(section, "t")
+    assert table is not None and [c.title for c in table.columns[2:]] == ["in order", "blocks of, 1", "blocks of, 16"]
+    assert [row.entries[2].text for row in table.rows] == ["50.0", "62.5"] and "all test inputs" in table.below[-1]
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["cells listed", "of an earlier version"])
+def test_the_rates_that_were_tried_are_reported(tiny, tmp_path, listed):
+    made = [result(tiny(seed=s, regime="finetune"), 0.5) for s in (0, 1)]
+    cells = {"pretrain": made[0]["pretrain"]["key"], "finetune": made[0]["key"]}
+    record: list[dict[str, Any]] = [
+        {
+            "cell": f"{key[:-8]}00000000",
+            "seed": 7,
+            "share": 0.25,
+            "validation": {"0.001": None, "0.01": 0.5},
+            "lr": 0.01,
+        }
+        for key in cells.values()
+    ]
+    other = {**record[0], "cell": "smnist/lru-masked-pretrain/seed0-00000000", "seed": 8}
+    if listed:
+        for one, key in zip(record, cells.values(), strict=True):
+            one["runs"] = [key]
+        other = {**record[0], "seed": 8, "runs": []}
+    write(made, tmp_path / "runs" / "deeper")
+    (tmp_path / "runs" / "deeper" / "chosen.json").write_text(json.dumps([*record, other]))
+    choices = load_choices(tmp_path / "runs")
+    show_report(made, choices)
+    paths = write_report(made, tmp_path / "out", choices)
+    text = paths[0].read_text()
+    rows = table_rows(text[text.index("learning rates tried") :])
+    assert rows[0][:5] == ["model", "phase", "chosen", "seed", "share of the steps"]
+    assert rows[2] == ["lru", "pretrain", "0.01", "7", "25 %", "diverged", "**0.500**"]
+    assert rows[3][:2] == ["lru", "finetune"] and rows[4][0] != "lru"
+    assert "The seed of the trials is none of the results'" in text
+    assert "learning rates tried" in paths[1].read_text()
+    assert "learning rates tried" not in write_report(made, tmp_path / "none")[0].read_text()
+
+
+def test_a_foreign_record_of_rates_is_named(tmp_path):
+    (tmp_path / "chosen.json").write_text('{"lr": 1}')
+    with pytest.raises(ValueError, match=r"chosen\.json is no record of chosen learning rates"):
+        load_choices(tmp_path)
 
 
 def test_arguments_of_a_mixer_are_named_where_they_tell_models_apart(tiny):

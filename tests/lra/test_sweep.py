@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +96,20 @@ def test_a_slice_that_is_over_begins_nothing(tiny, cache_dir, tmp_path):
     with pytest.raises(Unfinished, match="0 of 1 cells"):
         run_sweep([tiny()], tmp_path, How(here(cache_dir), minutes=1e-9))
     assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_a_slice_that_is_over_names_what_failed(tiny, cache_dir, tmp_path, monkeypatch):
+    """Unfinished comes before failed: a caller that goes on after exit code 75 must not stop at 2."""
+    cells = [tiny(optim={"lr": 1e30}), tiny()]
+    real = interrupt.until
+
+    def over(deadline):  # once the first cell has begun
+        monkeypatch.setattr("lra.sweep.time", SimpleNamespace(monotonic=lambda: float("inf")))
+        return real(None)
+
+    monkeypatch.setattr(interrupt, "until", over)
+    with pytest.raises(Unfinished, match=r"0 of 2 cells are done, 1 failed:\n  .*FloatingPointError"):
+        run_sweep(cells, tmp_path, How(here(cache_dir), minutes=5))
 
 
 def test_plans_run_as_one_sweep_seed_by_seed(tiny, tmp_path, capsys):
