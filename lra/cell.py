@@ -5,7 +5,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lra.config import Cell
+from lra.config import Cell, pooling
 from lra.files import remove_temporaries, write_json, write_text
 from lra.folders import CONFIG, RESULT, Say, computed, config_yaml, held
 from lra.tasks.base import Levels, Task
@@ -128,7 +128,7 @@ def _compute(
     from lra.checkpoints import BEST, LAST
     from lra.costs import run_flops
     from lra.examples import Examples, describe, histogram
-    from lra.networks import build_net, load_weights, pooling, sizes
+    from lra.networks import build_net, load_weights, sizes
     from lra.provenance import provenance
     from lra.train import fit
 

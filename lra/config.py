@@ -69,6 +69,21 @@ class Model:
         return {**self.per_mixer.get(self.mixer, {}), **self.mixer_kwargs}
 
 
+def pooling(model: Model, task: Any) -> str:
+    """How `model` pools on `task`, with `auto` resolved.
+
+    Raises:
+        ValueError: a pooling that does not fit the task's labels.
+    """
+    if task.dense or model.pooling == "auto":
+        if model.pooling not in ("auto", task.pooling):
+            raise ValueError(
+                f"model.pooling must be auto for task {task.name!r}, which labels positions; got {model.pooling!r}"
+            )
+        return task.pooling if model.bidirectional else task.causal_pooling or task.pooling
+    return model.pooling
+
+
 @dataclass(frozen=True)
 class Optim:
     """AdamW with a linear warm-up; recurrent parameters get the learning-rate scale their layer asks for."""
@@ -177,9 +192,8 @@ class Cell:
     def steps(self) -> int:
         """Steps of this run alone: scratch spends the whole budget, the other two split it."""
         pretrain = self.budget.pretrain_steps
-        return {"scratch": self.budget.steps, "pretrain": pretrain, "finetune": self.budget.steps - pretrain}[
-            self.regime
-        ]
+        both = {"pretrain": pretrain, "finetune": self.budget.steps - pretrain}
+        return both.get(self.regime, self.budget.steps)
 
     @property
     def lr(self) -> float:
@@ -212,17 +226,21 @@ class Cell:
         """Everything that changes the numbers of this run, defaults filled in, as plain JSON types.
 
         A pretrain cell's plan holds neither the fine-tuning rate nor the number of labels, so fine-tuning grids share
-        one pretraining; `checkpoint_every` is absent since a resumed run equals an uninterrupted one.
+        one pretraining; nor a scratch cell's what only pretraining reads, so grids of that share one scratch cell.
+        `checkpoint_every` is absent since a resumed run equals an uninterrupted one.
 
         Raises:
-            ValueError: unknown task or task key, with the allowed ones.
+            ValueError: unknown task or task key, with the allowed ones, or a pooling that does not fit the task.
         """
         task = self.build_task()
-        model = {**asdict(self.model), "mixer_kwargs": self.model.kwargs}
+        options = asdict(task)
+        if self.regime == "scratch":
+            options = {name: value for name, value in options.items() if name not in task.pretraining_only}
+        model = {**asdict(self.model), "mixer_kwargs": self.model.kwargs, "pooling": pooling(self.model, task)}
         del model["per_mixer"]
         plan: dict[str, Any] = {
             "protocol": PROTOCOL,
-            "task": {"name": task.name, "version": task.version, **asdict(task)},
+            "task": {"name": task.name, "version": task.version, **options},
             "model": model,
             "optim": {k: getattr(self.optim, k) for k in ("batch_size", "weight_decay", "warmup", "schedule", "clip")},
             "lr": self.lr,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linrnn.layers import available
 from linrnn.models import SequenceClassifier, count_params
-from lra.config import Model, Objective
+from lra.config import Model, Objective, pooling
 from lra.differences import tensor_differences
 from lra.objectives import Net
 from lra.tasks.base import Ids, Task
@@ -57,21 +57,6 @@ def build_body(model: Model, task: Task, *, mask_channel: bool = False) -> Seque
 def check_mixer(model: Model) -> None:
     if model.mixer not in available():
         raise ValueError(f"unknown model.mixer {model.mixer!r}; allowed: {', '.join(available())}")
-
-
-def pooling(model: Model, task: Task) -> str:
-    """How `model` pools on `task`, with `auto` resolved.
-
-    Raises:
-        ValueError: a pooling that does not fit the task's labels.
-    """
-    if task.dense or model.pooling == "auto":
-        if model.pooling not in ("auto", task.pooling):
-            raise ValueError(
-                f"model.pooling must be auto for task {task.name!r}, which labels positions; got {model.pooling!r}"
-            )
-        return task.pooling if model.bidirectional else task.causal_pooling or task.pooling
-    return model.pooling
 
 
 def build_net(model: Model, task: Task, *, denoise: Objective | None = None, seed: int) -> Net:

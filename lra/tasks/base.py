@@ -73,6 +73,7 @@ class Task:
     benchmark_rows: ClassVar[dict[str, int] | None] = None
     causal_pooling: ClassVar[str | None] = None  # for models that see only the past; None: as for the others
     not_data: ClassVar[tuple[str, ...]] = ("mask_rate", "pooling")  # options that leave the cached data as they are
+    pretraining_only: ClassVar[tuple[str, ...]] = ("mask_rate", "pretrain_loss")  # options that no classifier reads
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -8,6 +8,8 @@ import pytest
 
 from lra.config import Budget, Cell, Model, Optim, cell_from_dict
 
+from .fake_results import result
+
 
 def test_key_is_readable_and_depends_on_what_matters(tiny):
     cell = tiny(regime="finetune", seed=3)
@@ -43,6 +45,29 @@ def test_the_folder_of_a_cell_lies_in_runs_dir(tiny):
     """Whatever stands in the mixer's arguments."""
     key = tiny(model={"mixer_kwargs": {"a/../../b": "../..", "n_heads": 4, "width": [1, 2]}}).key
     assert key.startswith("listops/lru-a_.._.._b=.._..-n_heads=4-width=_1_2_-scratch/seed0-") and key.count("/") == 2
+
+
+@pytest.mark.parametrize("option", [{"mask_rate": 0.25}, {"pretrain_loss": "ce"}])
+def test_grids_of_pretraining_share_one_scratch_cell(tiny, option):
+    base, other = (dataclasses.replace(tiny(), task={"name": "digits", **given}) for given in ({}, option))
+    assert base.key == other.key
+    for regime in ("pretrain", "finetune"):
+        assert dataclasses.replace(base, regime=regime).key != dataclasses.replace(other, regime=regime).key
+
+
+def test_a_scratch_cell_stands_beside_its_pretrained_twins(tiny):
+    from lra.results import sections
+
+    cells = [tiny(), tiny(regime="finetune"), tiny(regime="finetune", task={"mask_rate": 0.5})]
+    (section,) = sections([result(cell, 0.5) for cell in cells])
+    assert [g.pretrained for g in section.groups] == [False, True, True]
+
+
+def test_pooling_is_resolved(tiny):
+    assert tiny(model={"pooling": "mean"}).key == tiny().key != tiny(task={"pooling": "max"}).key
+    assert tiny(model={"bidirectional": False}).plan()["model"]["pooling"] == "last"
+    with pytest.raises(ValueError, match=r"model\.pooling must be auto for task 'mqar', which labels positions"):
+        Cell(task={"name": "mqar"}, model=Model(pooling="max")).plan()
 
 
 def test_finetuning_grids_share_one_pretraining(tiny):
