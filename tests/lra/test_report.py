@@ -229,7 +229,7 @@ def test_leads_under_a_point_do_not_count():
 
 
 def test_task_changes_name_value_and_default(tiny):
-    task = tiny(task={"seed": 3, "mask_rate": 0.5}).plan()["task"]
+    task = tiny(regime="pretrain", task={"seed": 3, "mask_rate": 0.5}).plan()["task"]
     changes = task_changes(task)
     assert "max_depth 3 (10)" in changes and "seed 3 (0)" in changes and not any("pooling" in c for c in changes)
     assert "mask_rate 0.5 (0.1)" in changes and not any("mask_rate" in c for c in task_changes(task, data_only=True))

@@ -165,7 +165,7 @@ def test_a_failing_cell_is_named_and_stops_no_other(tiny, cache_dir, tmp_path, c
     assert "2 cells, 1 of them done" in out and f"to do  {cells[0].key}" in out and f"done   {cells[1].key}" in out
 
 
-def test_a_cell_is_computed_by_one_process_at_a_time(tiny, cache_dir, tmp_path):
+def test_a_cell_is_computed_by_one_process_at_a_time(tiny, tmp_path):
     from filelock import FileLock
 
     cell = tiny()
@@ -173,7 +173,7 @@ def test_a_cell_is_computed_by_one_process_at_a_time(tiny, cache_dir, tmp_path):
     folder.mkdir(parents=True)
     said: list[str] = []
     with FileLock(folder / ".lock"):
-        options = {"cache_dir": cache_dir, "accelerator": "cpu", "say": said.append}
+        options = {"cache_dir": tmp_path / "cache", "accelerator": "cpu", "say": said.append}
         waiting = threading.Thread(target=run_cell, args=(cell, tmp_path), kwargs=options)
         waiting.start()
         deadline = time.monotonic() + 30
@@ -183,4 +183,4 @@ def test_a_cell_is_computed_by_one_process_at_a_time(tiny, cache_dir, tmp_path):
         (folder / "result.json").write_text('{"done": true}')
     waiting.join(30)
     assert not waiting.is_alive() and len(said) == 1
-    assert run_cell(cell, tmp_path) == {"done": True}
+    assert run_cell(cell, tmp_path, cache_dir=tmp_path / "cache") == {"done": True}
