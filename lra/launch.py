@@ -25,7 +25,10 @@ class LaunchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a cell is computed, and where its data and results are; none of it changes a number."""
+    """Where a cell is computed, and where its data and results are: no part of its key.
+
+    Accelerator, processes and threads change last digits, and processes the units that dropout drops.
+    """
 
     cache_dir: str | None = None
     data_dir: str | None = None

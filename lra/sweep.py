@@ -27,7 +27,7 @@ class Unfinished(RuntimeError):
 
 @dataclass(frozen=True)
 class How:
-    """How the cells of a sweep are run; none of it changes a number."""
+    """How the cells of a sweep are run: no part of their keys (of `place` some changes last digits)."""
 
     place: Place = field(default_factory=Place)
     launcher: Launcher = "local"

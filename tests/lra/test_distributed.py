@@ -13,7 +13,8 @@ import pytest
 from lra import distributed
 from lra.cell import run_cell
 from lra.distributed import SOLO, check_processes, gathered, portable
-from lra.interrupt import Interrupted
+from lra.interrupt import Flag, Interrupted
+from lra.workers import _death
 
 from .runs import assert_same_bits, timeless
 
@@ -180,6 +181,14 @@ def test_a_batch_script_is_no_task(monkeypatch):
         monkeypatch.setenv(name, SLURM[name])
     with gathered("cpu", 1, 1) as team:
         assert team is SOLO
+
+
+def test_a_worker_that_a_signal_ends_was_not_training():
+    """Before the first step or after the last: while it trains it saves and reports."""
+    flag = Flag()
+    assert "died by signal 9" in str(_death(1, -9, flag)) and not isinstance(_death(1, -9, flag), Interrupted)
+    flag.received.append(15)
+    assert str(_death(0, -15, flag)) == "stopped outside of training"
 
 
 class Unsendable(Exception):
