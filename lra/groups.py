@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from lra.tasks import TASKS
+
 # Columns for settings that may differ between the groups of a section; other settings go by their dotted names.
 SETTINGS = {
     "optim.lr": "lr",
@@ -24,9 +26,7 @@ SETTINGS = {
     "data.fingerprint": "values of the data",
 }
 IN_ORDER = "in order"  # the rows of the block-shuffle probe before anything is shuffled
-# What a run from scratch does not read: settings, and options of tasks.
-_PRETRAINING = ("optim.pretrain_lr", "budget.pretrain_share")
-_PRETRAINING_OPTIONS = ("mask_rate", "pretrain_loss")
+_PRETRAINING = ("optim.pretrain_lr", "budget.pretrain_share")  # settings that a run from scratch does not read
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ def direction(result: dict[str, Any]) -> tuple[str, str]:
 
 def shared_options(result: dict[str, Any]) -> dict[str, Any]:
     """Name and options of the task, without those that only pretraining reads."""
-    return {name: value for name, value in result["plan"]["task"].items() if name not in _PRETRAINING_OPTIONS}
+    task = result["plan"]["task"]
+    return {name: value for name, value in task.items() if name not in TASKS[task["name"]].pretraining_only}
 
 
 def settings_of(result: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +160,9 @@ def settings_of(result: dict[str, Any]) -> dict[str, Any]:
     # Of the arguments that a task names by mixer, a group reads those of its own.
     model["mixer_kwargs"] = _kwargs(result)
     parts = {"model": model, "optim": config["optim"], "budget": config["budget"], "compute": config.get("compute", {})}
-    parts["task"] = {name: task[name] for name in _PRETRAINING_OPTIONS if name in task and "pretrain" in result}
+    parts["task"] = {
+        name: task[name] for name in TASKS[task["name"]].pretraining_only if name in task and "pretrain" in result
+    }
     flat = {f"{outer}.{name}": value for outer, part in parts.items() for name, value in part.items()}
     # Other versions of this program and other values of the data make other numbers.
     flat |= {"protocol": result["plan"].get("protocol"), "data.fingerprint": result["data"].get("fingerprint")}

@@ -14,6 +14,7 @@ from lra.__main__ import main
 from lra.cell import run_cell
 from lra.interrupt import Interrupted, listening, until
 from lra.launch import LaunchError, Place, Slurm, submit
+from lra.sweep import How, run_sweep
 from lra.train import LAST
 
 LONG = {"steps": 400, "evaluations": 2, "checkpoint_every": 20}
@@ -181,3 +182,14 @@ def test_two_submissions_do_not_read_what_is_queued_at_the_same_time(tmp_path, m
 
     monkeypatch.setattr(launch, "_submitted", read)
     assert submit([], tmp_path, Place(), Slurm(), cluster="local") == []
+
+
+def test_jobs_share_the_cores_this_process_may_use(tiny, tmp_path, monkeypatch):
+    """A batch system that gives three of a machine's cores gives three."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5, 7}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    places = []
+    monkeypatch.setattr("lra.sweep.attempt", lambda cell, runs_dir, place, deadline: places.append(place))
+    run_sweep([tiny()], tmp_path, How())
+    run_sweep([tiny()], tmp_path, How(Place(threads=5)))
+    assert [place.threads for place in places] == [3, 5]
