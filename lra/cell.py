@@ -241,6 +241,6 @@ def _test(net: Any, task: Task, split: Any, seed: int) -> tuple[dict[str, Any], 
     scores = {
         "accuracy": overall(right, test.counts),
         "groups": {name: grouped(right, values, test.counts) for name, values in groups.items()},
-        "shuffled": {} if task.dense else probe(net, Examples.from_dataset(split, task, PROBED), seed),
+        **({"shuffled": {}} if task.dense else probe(net, Examples.from_dataset(split, task, PROBED), seed)),
     }
     return scores, describe(test)

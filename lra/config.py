@@ -18,7 +18,7 @@ Regime = Literal["scratch", "pretrain", "finetune"]
 Objective = Literal["auto", "masked", "causal"]
 
 # Part of every plan: raised when the code changes what the same configuration computes.
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Model:
     dropout: float = 0.0
     """Dropout probability in the blocks."""
     pooling: Literal["auto", "mean", "last", "max", "cls"] = "auto"
-    """How the sequence becomes one vector; auto: the task's pooling, or `last` when not bidirectional."""
+    """How the sequence becomes one vector; auto: the task's (ListOps: `last` when not bidirectional)."""
     mixer_kwargs: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the mixer, such as {r_min: 0.5} for lru or {n_heads: 4} for attention."""
     per_mixer: dict[str, dict[str, Any]] = field(default_factory=dict)

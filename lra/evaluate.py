@@ -15,8 +15,8 @@ from lra.tasks.base import IGNORED
 
 Scorer = Callable[[Net, Batch, torch.Generator], Score]
 
-# Block sizes of the shuffled test inputs, and how many rows are shuffled.
-BLOCKS, PROBED = (1, 8, 64, 512), 2_000
+# Block sizes of the shuffled test inputs, sizes of the windows they are cut into, and how many rows are probed.
+BLOCKS, WINDOWS, PROBED = (1, 8, 64, 512), (8, 64, 512), 2_000
 
 
 @torch.no_grad()
@@ -50,13 +50,13 @@ def evaluate(
 
 
 @torch.no_grad()
-def accuracies(net: Net, examples: Examples) -> np.ndarray:
+def accuracies(net: Net, examples: Examples, window: int | None = None) -> np.ndarray:
     """Share of right labels of every row of a split, in its order: (n,); nan for a row that asks for none."""
     device = next(net.parameters()).device
     net.eval()
     right = np.empty(len(examples))
     for rows, batch in evaluation_batches(examples, multiple=net.multiple):
-        logits, labels = net.classify(batch.to(device))
+        logits, labels = net.classify(batch.to(device), window)
         hits = (logits.argmax(-1) == labels).double()  # a label of -100 is never hit
         if hits.ndim == 2:
             hits = hits.sum(1) / (labels != IGNORED).sum(1)
@@ -64,23 +64,30 @@ def accuracies(net: Net, examples: Examples) -> np.ndarray:
     return right
 
 
-def probe(net: Net, examples: Examples, seed: int) -> dict[str, float]:
-    """Accuracy on inputs whose blocks are in random order: how much the network needs beyond `block` neighbours.
+def probe(net: Net, examples: Examples, seed: int) -> dict[str, dict[str, float]]:
+    """How much the network needs of what is far apart: accuracies on rows as they are, shuffled, and cut.
 
     Args:
         examples: of a task with one label a row.
 
     Returns:
-        {"in order": accuracy on the rows as they are, "<block>": on the same rows shuffled}; {} if they are too short.
+        shuffled: {"in order": accuracy on the rows as they are, "<block>": with their blocks in random order}.
+        windows: {"whole": the first of these, "<window>": with features that see nothing beyond their window}.
+        {} for what the rows are too short for, and windows for a token that pools them, which would see but its own.
     """
     longest = max(int(side.lengths.max()) for side in examples.sides)
-    blocks = [block for block in BLOCKS if 2 * block <= longest]
+    blocks, windows = ([size for size in sizes if 2 * size <= longest] for sizes in (BLOCKS, WINDOWS))
+    found: dict[str, dict[str, float]] = {"shuffled": {}, "windows": {}}
     if not blocks:
-        return {}
-    found = {"in order": float(accuracies(net, examples).mean())}
+        return found
+    whole = float(accuracies(net, examples).mean())
+    found["shuffled"]["in order"] = whole
     for block in blocks:
         shuffled = examples.shuffled(block, np.random.default_rng(stream_seed(seed, "shuffle", block)))
-        found[str(block)] = float(accuracies(net, shuffled).mean())
+        found["shuffled"][str(block)] = float(accuracies(net, shuffled).mean())
+    if windows and net.body.cls is None:
+        found["windows"]["whole"] = whole
+        found["windows"] |= {str(window): float(accuracies(net, examples, window).mean()) for window in windows}
     return found
 
 

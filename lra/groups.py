@@ -25,7 +25,7 @@ SETTINGS = {
     "protocol": "protocol",
     "data.fingerprint": "values of the data",
 }
-IN_ORDER = "in order"  # the rows of the block-shuffle probe before anything is shuffled
+UNCHANGED = {"shuffled": "in order", "windows": "whole"}  # of each probe, the rows before anything is done to them
 _PRETRAINING = ("optim.pretrain_lr", "budget.pretrain_share")  # settings that a run from scratch does not read
 
 
@@ -112,18 +112,17 @@ class Group:
                 buckets.setdefault(text, []).append(b["accuracy"])
         return [(text, statistics.fmean(values)) for text, values in buckets.items()]
 
-    def shuffled(self) -> dict[int, float]:
-        """{block: mean accuracy on test inputs cut into blocks of this many positions, which are shuffled}."""
-        names = {name for result in self.results for name in result["test"]["shuffled"]} - {IN_ORDER}
-        blocks = sorted(map(int, names))
-        found = {b: [r["test"]["shuffled"].get(str(b)) for r in self.results] for b in blocks}
-        return {b: statistics.fmean(v for v in values if v is not None) for b, values in found.items()}
+    def probed(self, probe: str) -> dict[int, float]:
+        """{size: mean accuracy on test inputs `shuffled` in blocks, or cut into `windows`, of this many positions}."""
+        tests = [result["test"].get(probe, {}) for result in self.results]
+        sizes = sorted({int(name) for test in tests for name in test if name not in UNCHANGED.values()})
+        found = {size: [test.get(str(size)) for test in tests] for size in sizes}
+        return {size: statistics.fmean(v for v in values if v is not None) for size, values in found.items()}
 
-    @property
-    def in_order(self) -> float:
-        """Mean accuracy on the rows that `shuffled` is about as they are; on all rows where a result has no such."""
+    def unprobed(self, probe: str) -> float:
+        """Mean accuracy on the rows that `probed` is about as they are; on all rows where a result has no such."""
         tests = [result["test"] for result in self.results]
-        return statistics.fmean(test["shuffled"].get(IN_ORDER, test["accuracy"]) for test in tests)
+        return statistics.fmean(test.get(probe, {}).get(UNCHANGED[probe], test["accuracy"]) for test in tests)
 
     def denoised(self, name: str) -> float | None:
         """Mean of a validation number of the pretraining: loss, accuracy, r2 or ink_accuracy; None if it has none."""

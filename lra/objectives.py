@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linrnn.models import SequenceClassifier
+from linrnn.models.classifier import pool
 from lra.config import Compute
 from lra.examples import Batch, Side, send
 from lra.tasks.base import IGNORED, Ids, Levels
@@ -132,20 +133,35 @@ class Net(nn.Module):
         assert isinstance(self.inputs, Levels)
         return (levels.float() - self.inputs.mean) / self.inputs.std
 
-    def classify(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def classify(self, batch: Batch, window: int | None = None) -> tuple[Tensor, Tensor]:
         """Logits and labels: (B, n_classes) and (B,), or (B, asked, n_classes) and (B, asked) of a dense task.
 
         Rows of a dense task with fewer labels are filled up with positions whose label is -100.
+
+        Args:
+            window: inputs are cut into windows of so many positions, none of which sees another before the pooling.
         """
         first, second, labels = batch.first, batch.second, batch.labels
         with self.autocast(first.inputs.device):
-            a = self.body.pool(self.read(first.inputs), first.mask)
-            b = None if second is None else self.body.pool(self.read(second.inputs), second.mask)
+            a = self.pooled(first, window)
+            b = None if second is None else self.pooled(second, window)
         if labels.ndim == 2:
             # the head may have thousands of outputs: only where there is a label, and without a count to wait for
             at = (labels == IGNORED).long().argsort(dim=1, stable=True)[:, : batch.asked]  # (B, asked)
             a, labels = a.gather(1, at[..., None].expand(-1, -1, a.shape[-1])), labels.gather(1, at)
         return self.body.read_out(self.exact(a), None if b is None else self.exact(b)), labels
+
+    def pooled(self, side: Side, window: int | None) -> Tensor:
+        """Features of one input, pooled: (B, d_model), or (B, T, d_model) of a dense task."""
+        x = self.read(side.inputs)
+        if window is None:
+            return self.body.pool(x, side.mask)
+        (B, T), n = x.shape[:2], -(-side.inputs.shape[1] // window)
+        short = n * window - T
+        x = F.pad(x, (*(0, 0) * (x.ndim - 2), 0, short)).unflatten(1, (n, window)).flatten(0, 1)
+        mask = F.pad(side.real, (0, short)).view(B * n, window)
+        h = self.body.features(x, mask).view(B, n * window, -1)[:, :T]
+        return h if self.body.pooling == "none" else pool(h, side.mask, self.body.pooling)
 
     def exact(self, features: Tensor) -> Tensor:
         """Features in the type of the weights: the heads, outside of autocast, compute in float32."""

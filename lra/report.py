@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lra.files import write_csv, write_text
-from lra.groups import direction
+from lra.groups import UNCHANGED, direction
 from lra.html import page
 from lra.overview import overviews
 from lra.rates import Choice
@@ -112,6 +112,6 @@ def flat(result: dict[str, Any]) -> dict[str, Any]:
         "device": result["device"],
         "commit": result["commit"],
         "key": result["key"],
-        **{f"shuffled {block}": value for block, value in result["test"]["shuffled"].items()},
+        **{f"{probe} {size}": value for probe in UNCHANGED for size, value in result["test"].get(probe, {}).items()},
         **{f"line {name}": value for name, value in result["reference_lines"].items()},
     }

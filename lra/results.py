@@ -183,7 +183,7 @@ _NEEDED = {
     "plan": "task",
     "plan.task": "name",
     "data": "train",
-    "test": "accuracy groups shuffled",
+    "test": "accuracy groups",
     "pretrain": "metric val curve steps tokens flops seconds loader_seconds",
 }
 

@@ -1,8 +1,8 @@
-"""The tables of one task: accuracies with what they cost, pretraining, groups of the test rows, shuffled blocks."""
+"""The tables of one task: accuracies with what they cost, pretraining, groups of the test rows, probes of range."""
 
 from collections.abc import Callable, Sequence
 
-from lra.groups import IN_ORDER, Group
+from lra.groups import UNCHANGED, Group
 from lra.overview import PUBLISHED
 from lra.published import published
 from lra.rates import Choice, rates_table
@@ -17,7 +17,7 @@ def task_tables(section: Section, slug: str, choices: Sequence[Choice] = ()) -> 
     tables = [accuracy_table(section, slug), pretraining_table(section, slug), rates_table(section, slug, choices)]
     names = dict.fromkeys(name for g in section.groups for r in g.results for name in r["test"]["groups"])
     tables += [group_table(section, slug, name) for name in names]
-    tables.append(shuffle_table(section, slug))
+    tables += [probe_table(section, slug, probe) for probe in PROBES]
     return [table for table in tables if table is not None]
 
 
@@ -180,23 +180,40 @@ def group_table(section: Section, slug: str, name: str) -> Table | None:
     return table
 
 
-def shuffle_table(section: Section, slug: str) -> Table | None:
-    """Accuracy on test inputs whose blocks of positions are shuffled: how far the order of far parts matters."""
-    blocks = sorted({block for g in section.groups for block in g.shuffled()})
-    if not blocks:
+PROBES = {
+    "shuffled": (
+        "with blocks shuffled",
+        "blocks of",
+        "Some test inputs, the same in every column, are cut into blocks of this many positions, put in random order. "
+        "An accuracy that stays was reached without the order of anything farther apart than a block.",
+    ),
+    "windows": (
+        "within windows",
+        "windows of",
+        "The same test inputs, cut into windows of this many positions: no feature sees beyond its own, and all are "
+        "pooled as usual. An accuracy that stays was reached within windows. Trained on whole inputs, a network may lose "
+        "more by the cut than it needs from farther away.",
+    ),
+}
+
+
+def probe_table(section: Section, slug: str, probe: str) -> Table | None:
+    """Accuracy on test inputs of which something far apart is taken away: how far the network looks."""
+    title, above, below = PROBES[probe]
+    sizes = sorted({size for g in section.groups for size in g.probed(probe)})
+    if not sizes:
         return None
     varying = section.varying()
-    columns = [Column("model"), Column("regime"), *map(Column, varying), Column("in order")]
-    columns += [Column(f"{block:,}", "blocks of") for block in blocks]
-    table = Table(f"{slug}-shuffled", f"{section.title}: test accuracy (%) with blocks shuffled", columns)
+    columns = [Column("model"), Column("regime"), *map(Column, varying), Column(UNCHANGED[probe])]
+    columns += [Column(f"{above} {size:,}") for size in sizes]
+    table = Table(f"{slug}-{probe}", f"{section.title}: test accuracy (%) {title}", columns)
     for g in section.groups:
-        found = g.shuffled()
-        shuffled = [accuracy(found[block]) if block in found else Entry("") for block in blocks]
-        table.add(*named(g, varying), accuracy(g.in_order), *shuffled)
-    table.below = [
-        "Some test inputs, the same in every column, are cut into blocks of this many positions, put in random order. "
-        "An accuracy that stays was reached without the order of anything farther apart than a block."
-    ]
-    if not all(IN_ORDER in r["test"]["shuffled"] for g in section.groups for r in g.results):
-        table.below.append("Where a result does not hold it, the accuracy in order is that of all test inputs.")
+        found = g.probed(probe)
+        probed = [accuracy(found[size]) if size in found else Entry("") for size in sizes]
+        table.add(*named(g, varying), accuracy(g.unprobed(probe)), *probed)
+    table.below = [below]
+    if not all(UNCHANGED[probe] in r["test"].get(probe, {}) for g in section.groups for r in g.results):
+        table.below.append(
+            f"Where a result does not hold it, the accuracy {UNCHANGED[probe]} is that of all test inputs."
+        )
     return table

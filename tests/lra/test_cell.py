@@ -58,6 +58,7 @@ def test_a_cell_leaves_its_whole_record(tiny, run):
     for group in result["test"]["groups"].values():
         assert sum(b["n"] for b in group) == result["data"]["test"]["rows"] == 40
     assert set(result["test"]["shuffled"]) == {"in order", "1", "8"}
+    assert set(result["test"]["windows"]) == {"whole", "8"}
     assert {"majority", "root operator", "exact to depth 1"} <= set(result["reference_lines"])
     assert set(result["versions"]) >= {"python", "torch", "lightning", "linrnn"} and result["threads"] >= 1
 

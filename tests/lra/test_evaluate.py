@@ -1,4 +1,6 @@
-"""The block-shuffle probe: what is shuffled, and what it is compared with."""
+"""The probes of range: what is shuffled or cut, and what it is compared with."""
+
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -15,11 +17,12 @@ class FirstToken(torch.nn.Module):
 
     multiple = 1
 
-    def __init__(self):
+    def __init__(self, cls: bool = False):
         super().__init__()
+        self.body = SimpleNamespace(cls=cls or None)
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def classify(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def classify(self, batch: Batch, window: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.nn.functional.one_hot(batch.first.inputs[:, 0], 10).float(), batch.labels
 
 
@@ -33,15 +36,18 @@ def examples(n: int, T: int, wrong: int) -> Examples:
 
 
 def test_in_order_and_shuffled_are_of_the_same_rows():
-    found = probe(FirstToken(), examples(200, 40, wrong=50), seed=0)
+    both = probe(FirstToken(), examples(200, 40, wrong=50), seed=0)
+    found = both["shuffled"]
     assert list(found) == ["in order", "1", "8"]
     assert found["in order"] == 0.75
     for block, places in (("1", 40), ("8", 5)):  # the first token stays first in a share 1 / places of the rows
         expected = 0.75 / places
         assert abs(found[block] - expected) < 5 * (expected / 200) ** 0.5
-    assert found == probe(FirstToken(), examples(200, 40, wrong=50), seed=0)
+    assert both == probe(FirstToken(), examples(200, 40, wrong=50), seed=0)
+    assert both["windows"] == {"whole": 0.75, "8": 0.75}
+    assert probe(FirstToken(cls=True), examples(200, 40, wrong=50), seed=0)["windows"] == {}, "a token that sees itself"
 
 
 @pytest.mark.parametrize("T", [1])
 def test_rows_without_two_blocks_are_not_probed(T):
-    assert probe(FirstToken(), examples(5, T, wrong=0), seed=0) == {}
+    assert probe(FirstToken(), examples(5, T, wrong=0), seed=0) == {"shuffled": {}, "windows": {}}

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from linrnn.models import SequenceClassifier
+from linrnn.models.classifier import pool
 from lra.config import Compute
 from lra.examples import Batch, Side
 from lra.objectives import Net, causal_denoising, classification, draw_mask, masked_denoising, measures
@@ -66,6 +67,27 @@ def test_classification_of_two_inputs_compares_them():
     score = classification(net, batch._replace(second=second))
     logits = net.body(*batch.first, *second)
     torch.testing.assert_close(score.mean, F.cross_entropy(logits, batch.labels))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "last", "none"])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_no_window_sees_another(pooling, bidirectional):
+    net, batch = make(bidirectional, denoise=False, pooling=pooling)
+    ids, mask = batch.first
+    parts = [net.body.features(ids[:, t : t + 4], mask[:, t : t + 4]) for t in (0, 4)]
+    h = torch.cat(parts, 1)
+    expected = net.body.head(h if pooling == "none" else pool(h, mask, pooling))
+    torch.testing.assert_close(net.body.head(net.pooled(batch.first, 4)), expected)
+    torch.testing.assert_close(net.pooled(batch.first, 6), net.pooled(batch.first, None))
+    if pooling != "none":
+        torch.testing.assert_close(net.classify(batch, 4)[0], expected)
+
+
+def test_windows_of_levels_are_cut_alike():
+    net, batch = make_levels("l1", 3, mask_channel=True)
+    x = torch.cat((net.normalised(batch.first.inputs), torch.zeros(3, 7, 1)), -1)
+    h = torch.cat([net.body.features(x[:, t : t + 3]) for t in (0, 3, 6)], 1)
+    torch.testing.assert_close(net.pooled(batch.first, 3), h.mean(1))
 
 
 def test_masked_scores_hidden_positions_and_nothing_else():

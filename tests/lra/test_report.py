@@ -15,7 +15,7 @@ from lra.plot import spread
 from lra.report import show_report, write_report
 from lra.results import highest_line, load_choices, load_results, sections, task_changes
 from lra.tables import escape, leader
-from lra.task_tables import shuffle_table
+from lra.task_tables import probe_table
 
 from .fake_results import LINES, result, write
 
@@ -55,7 +55,7 @@ def test_groups_average_seeds_and_keep_directions_apart(folder):
     assert groups[1].loader_share == pytest.approx(0.5 / 25) and groups[1].denoised("accuracy") == 0.5
     assert groups[0].accuracy_by("length") == [("4 to 9", pytest.approx(0.51)), ("10 to 23", pytest.approx(0.31))]
     assert groups[0].accuracy_by("depth") == [("1", pytest.approx(0.41)), ("2", pytest.approx(0.205))]
-    assert groups[0].shuffled() == {1: pytest.approx(0.11), 16: pytest.approx(0.205)}
+    assert groups[0].probed("shuffled") == {1: pytest.approx(0.11), 16: pytest.approx(0.205)}
     assert found[1].groups[0].std is None
 
 
@@ -94,8 +94,8 @@ def test_shuffled_blocks_stand_beside_the_same_rows_in_order(tiny):
     whole, part = result(tiny(), 0.5), result(tiny(model={"mixer": "attention"}), 0.5)
     part["test"]["shuffled"]["in order"] = 0.625
     (section,) = sections([whole, part])
-    table = shuffle_table(section, "t")
-    assert table is not None and [c.title for c in table.columns[2:]] == ["in order", "blocks of, 1", "blocks of, 16"]
+    table = probe_table(section, "t", "shuffled")
+    assert table is not None and [c.title for c in table.columns[2:]] == ["in order", "blocks of 1", "blocks of 16"]
     assert [row.entries[2].text for row in table.rows] == ["50.0", "62.5"] and "all test inputs" in table.below[-1]
 
 
