@@ -18,4 +18,6 @@ def plan_differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
 def tensor_differences(theirs: "dict[str, Tensor]", ours: "dict[str, Tensor]") -> list[str]:
     """The tensors that two state dictionaries do not share, by name and shape."""
     there, here = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (theirs, ours))
-    return plan_differences(there, here)
+    names = [*here, *(name for name in there if name not in here)]
+    found = [(name, there.get(name, "absent"), here.get(name, "absent")) for name in names]
+    return [f"{name} is {a} there, {b} here" for name, a, b in found if a != b]

@@ -146,5 +146,5 @@ def load_weights(net: Net, path: Path, *, heads: bool) -> None:
             theirs[READS] = theirs[READS][:, : net.inputs.channels].contiguous()
     if differences := tensor_differences(theirs, ours):
         shown = "; ".join(differences[:5]) + ("; ..." if len(differences) > 5 else "")
-        raise ValueError(f"{path} is a checkpoint of another model: {shown}")
+        raise ValueError(f"{path} is a checkpoint of another model: {shown}; move its folder away to compute it again")
     net.load_state_dict(theirs, strict=heads)

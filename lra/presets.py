@@ -1,5 +1,6 @@
 """YAML files, by path or by the name of a preset in `configs/`, merged in order; and the sweeps they describe."""
 
+import difflib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -35,7 +36,8 @@ def find(name: str) -> Path:
         raise ValueError(f"no configuration file {name!r}")
     known = presets()
     if name not in known:
-        raise ValueError(f"unknown preset {name!r}; allowed: {', '.join(known)}, or the path of a .yaml file")
+        near = difflib.get_close_matches(name, known, n=3) or ["see `lra tasks`"]
+        raise ValueError(f"unknown preset {name!r}; allowed: {', '.join(near)}, or the path of a .yaml file")
     return known[name]
 
 
