@@ -122,11 +122,8 @@ def task_changes(task: dict[str, Any], *, data_only: bool = False) -> list[str]:
     defaults = json.loads(json.dumps(asdict(made)))
     unread = (*made.not_data, *SAME_DATA) if data_only else ()
     kept = {name: value for name, value in defaults.items() if name not in unread}
-    return [
-        f"{name} {task[name]} ({'all' if value is None else value})"
-        for name, value in kept.items()
-        if task.get(name, value) != value
-    ]
+    shown = {name: "all" if value is None else value for name, value in kept.items()}
+    return [f"{name} {task[name]} ({shown[name]})" for name, value in kept.items() if task.get(name, value) != value]
 
 
 def load_results(runs_dir: Path) -> list[dict[str, Any]]:

@@ -191,8 +191,8 @@ PROBES = {
         "within windows",
         "windows of",
         "The same test inputs, cut into windows of this many positions: no feature sees beyond its own, and all are "
-        "pooled as usual. An accuracy that stays was reached within windows. A network trained on whole inputs may lose "
-        "more by the cut than it needs from farther away.",
+        "pooled as usual. An accuracy that stays was reached within windows. Trained on whole inputs, a network can "
+        "lose more by the cut than it needs from farther away.",
     ),
 }
 

@@ -217,7 +217,7 @@ def test_another_task_replaces_the_task_whole(tmp_path, tiny_yaml):
     ("argv", "expected"),
     [
         (["runn"], ["runn", "run"]),
-        (["run", "listopz"], ["unknown preset 'listopz'", "listops_quick", "lru"]),
+        (["run", "listopz"], ["unknown preset 'listopz'", "allowed: listops"]),
         (["run", "no/such.yaml"], ["no configuration file 'no/such.yaml'"]),
         (["run", "--task.name", "listopz"], ["unknown task 'listopz'", "listops"]),
         (["run", "--task.depth", "3"], ["unknown option 'depth'", "max_depth"]),

@@ -172,7 +172,7 @@ def test_report_files_say_what_the_results_say(folder, tmp_path, capsys):
     assert named["loader %"] == "2.0"
     assert ["(root operator)", "", "37.0"] == [next(r for r in rows if r[0] == "(root operator)")[i] for i in (0, 1, 2)]
     assert "max_depth 3 (10)" in text and "2,000 test sequences" in text and "Inputs: tokens" in text
-    assert "length in positions, 4 to 9" in text and "depth, 2" in text and "blocks of, 16" in text
+    assert "length in positions, 4 to 9" in text and "depth, 2" in text and "blocks of 16" in text
 
     table = list(csv.DictReader(paths[2].read_text().splitlines()))
     assert len(table) == 13, "one line per classification cell"
