@@ -118,7 +118,7 @@ def test_a_bug_is_found(shim, mode, bug):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ("address", "threads"))
+@pytest.mark.parametrize("mode", ("address", pytest.param("threads", marks=pytest.mark.exhaustive)))
 def test_sanitizers(shim, host_folder, mode):
     """One process for all bugs, since starting torch under a sanitizer takes seconds; it forks for each."""
     root = str(Path(__file__).parents[2])

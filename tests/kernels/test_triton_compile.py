@@ -165,7 +165,12 @@ ROTATION = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "dtype", "kind", "delta"), ROTATION, indirect=["arch"], ids=str)
+@pytest.mark.parametrize(
+    ("arch", "dtype", "kind", "delta"),
+    [pytest.param(*case, marks=() if case[0] == 90 else pytest.mark.exhaustive) for case in ROTATION],
+    indirect=["arch"],
+    ids=str,
+)
 def test_everything_compiles(launches, arch, dtype, kind, delta):
     for K, V, T in ((64, 64, 4096), (128, 128, 4096), (32, 64, 20)):
         launch_all(dtype, kind, delta, K, V, T)

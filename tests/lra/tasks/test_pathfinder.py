@@ -40,7 +40,7 @@ def distance(block: Block) -> np.ndarray:
         (scene(128, "mid", "easy", True, False, 5), 7, 2),
         (hard(128, every_direction=True), 3, 1),
         (hard(256), 2**31, 3),
-        (Scene(32, 6, 300, 1, 30, 40, True, 0), 0, 2),  # until nothing more fits
+        (Scene(32, 6, 300, 1, 30, 40, True, 0), 0, 1),  # until nothing more fits
     ],
 )
 def test_compiled_images_are_the_plain_ones_to_the_bit(drawn, first, count):
