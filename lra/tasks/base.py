@@ -182,6 +182,18 @@ class Task:
         raise ValueError(f"task {self.name!r} has no picture; those with images have")
 
 
+def check_caps(task: Task, most: Mapping[str, int | None]) -> None:
+    """Refuses caps n_train, n_val, n_test below 1, or above the rows there are where that is known.
+
+    Raises:
+        ValueError: the cap, its value and what is allowed.
+    """
+    for split, limit in most.items():
+        n = getattr(task, f"n_{split}")
+        allowed = "at least 1, or null for all" if limit is None else f"from 1 to {limit}, or null for all {limit}"
+        check(n is None or 1 <= n <= (n if limit is None else limit), f"n_{split}", n, allowed)
+
+
 def asked(task: Task, split: "Dataset") -> "np.ndarray":
     """Every label of a split, (n,): one a row, or those of the positions that have one."""
     if not task.dense:

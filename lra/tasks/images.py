@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lra.checks import check
-from lra.tasks.base import SPLITS, Ids, Levels, Task
+from lra.tasks.base import SPLITS, Ids, Levels, Task, check_caps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,9 +55,7 @@ class Images(Task):
     std: ClassVar[float]
 
     def check(self) -> None:
-        for split, most in self._available(self.n_source).items():
-            n = getattr(self, f"n_{split}")
-            check(n is None or 1 <= n <= most, f"n_{split}", n, f"from 1 to {most}, or null for all {most}")
+        check_caps(self, self._available(self.n_source))
 
     @property
     def n_classes(self) -> int:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lra.tasks.draws import permutation
+
 if TYPE_CHECKING:
     from lra.tasks.listops import ListOps
 
@@ -72,9 +74,6 @@ class _Draw:
         """True with probability p, (size,) bool."""
         return (self.bits.random_raw(size) >> np.uint64(32)) < np.uint64(round(p * 2**32))
 
-    def permutation(self, size: int) -> np.ndarray:
-        return np.argsort(self.bits.random_raw(size), kind="stable")
-
 
 def draw_block(task: ListOps, block: int) -> Trees:
     """Returns the accepted trees of one block, duplicates included."""
@@ -115,7 +114,7 @@ def draw_distinct(task: ListOps, n: int, workers: int) -> Iterator[Trees]:
 
 def shuffle(task: ListOps, trees: Trees) -> Trees:
     """Returns the trees in a random order: where duplicates are common, those drawn late are longer than the rest."""
-    return trees.take(_Draw(task.seed, 1).permutation(len(trees.length)))
+    return trees.take(permutation(len(trees.length), task.seed, 1))
 
 
 def _blocks(task: ListOps, workers: int) -> Iterator[Trees]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from lra.checks import check
-from lra.tasks.base import SPLITS, Ids, Split, Task
+from lra.tasks.base import SPLITS, Ids, Split, Task, check_caps
 from lra.tasks.vocabularies import INPUTS, Encoding
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ class TextPairs(Task):
 
     def check(self) -> None:
         check(self.max_tokens >= 2, "max_tokens", self.max_tokens, "at least 2")
-        for split in SPLITS:
-            n = getattr(self, f"n_{split}")
-            check(n is None or n >= 1, f"n_{split}", n, "at least 1, or null for all")
+        check_caps(self, dict.fromkeys(SPLITS))
 
     @property
     def max_length(self) -> int:

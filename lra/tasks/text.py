@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lra.checks import check
-from lra.tasks.base import SPLITS, Ids, Task
+from lra.tasks.base import SPLITS, Ids, Task, check_caps
 from lra.tasks.vocabularies import INPUTS, Encoding
 
 if TYPE_CHECKING:
@@ -56,9 +56,7 @@ class Text(Task):
 
     def check(self) -> None:
         check(self.max_tokens >= 2, "max_tokens", self.max_tokens, "at least 2")
-        for split, most in self.benchmark_rows.items():
-            n = getattr(self, f"n_{split}")
-            check(n is None or 1 <= n <= most, f"n_{split}", n, f"from 1 to {most}, or null for all {most}")
+        check_caps(self, self.benchmark_rows)
 
     @property
     def max_length(self) -> int:
