@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import linrnn
 from linrnn import layers
-from linrnn.models.backbone import GatedFFN
+from linrnn.models.ffn import GatedFFN
 
 LENGTHS, WIDTHS, B = (1024, 2048, 4096), (256, 512), 4
 BASELINE = "attention + gated network"

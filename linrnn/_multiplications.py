@@ -8,12 +8,14 @@ from torch import nn
 
 from linrnn._recurrences import Length, recurrence, unknown, weights
 from linrnn.layers import Aaren, Bidirectional, Conv, Griffin, LowerBounds, RecurrentLayer
+from linrnn.layers.channel_mix import ChannelMix
 from linrnn.layers.ema import DampedEMA
 from linrnn.layers.heads import HeadNorm
 from linrnn.layers.relative_bias import RotaryBias, SimpleBias
 from linrnn.layers.short_conv import QKVConv, ShortConv
 from linrnn.models import LanguageModel, SequenceBackbone, SequenceClassifier
-from linrnn.models.backbone import Block, GatedFFN
+from linrnn.models.backbone import Block
+from linrnn.models.ffn import GatedFFN
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ ONE_BY_ONE: tuple[type[nn.Module], ...] = (
 )
 CONTAINERS: tuple[type[nn.Module], ...] = (
     *(nn.Sequential, nn.ModuleList, QKVConv, Conv, Griffin, Bidirectional),
-    *(Block, GatedFFN, SequenceBackbone, LanguageModel),
+    *(Block, GatedFFN, ChannelMix, SequenceBackbone, LanguageModel),
 )
 for _type in ONE_BY_ONE:
     _count.register(_type, _nothing)

@@ -178,7 +178,7 @@ class Job:
     def row_bytes(self, what: str) -> int:
         """Counts the bytes of one token: of a layer's input "x", of keys and values "kv", of a "frame"."""
         stack = self.stack
-        x = stack.model.embed(self.calibration.ids(1))
+        x = stack.model.prepare(stack.model.embed(self.calibration.ids(1)))
         if what == "x":
             return x.numel() * x.element_size()
         k, v = stack.keys_values(1, stack.mixed(1, x), 0)

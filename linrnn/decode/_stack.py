@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from linrnn.decode.state import nbytes
 from linrnn.layers.attention import Attention
+from linrnn.layers.base import RecurrentLayer
 from linrnn.layers.online_softmax import SoftmaxSum, absorb, read_out, softmax_sum
 from linrnn.models.backbone import Block
 from linrnn.models.language import LanguageModel
@@ -49,6 +50,8 @@ class AttentionStack:
                     f"model: expected softmax attention in every layer, got {type(mixer).__name__} in layer {i}; "
                     "a recurrent layer has a small state by itself: use model.step"
                 )
+        if any(isinstance(block.ffn, RecurrentLayer) for block in model.backbone.blocks):
+            raise ValueError("model: expected feed-forward networks without a state, got ffn='channel_mix'")
         self.model = model
         self.droppers = [(m, "p" if isinstance(m, nn.Dropout) else "dropout") for m in model.modules() if drops(m)]
         self.check_mode()
@@ -82,7 +85,7 @@ class AttentionStack:
     def embed(self, ids: Tensor) -> Tensor:
         """Maps a block of ids (B, C), int64 and checked, to level 0, (B, C, D)."""
         self.evaluations[0] += 1
-        return self.model.embed(ids)
+        return self.model.prepare(self.model.embed(ids))
 
     def mixed(self, level: int, x: Tensor) -> Tensor:
         """Returns what the attention of layer `level` reads, given the layer's input x."""

@@ -93,7 +93,7 @@ class AttentionDecoder:
         self.stack.check_mode()
         self.stack.live_frames = self.stack.live_frame_bytes = 0  # an interrupted call has left its frames open
         features, kept = self._memory.read(ids.long(), every=positions == "all")
-        logits = self.model.head(features)
+        logits = self.model.read_out(features)
         # last of all: a call that fails, anywhere, leaves the decoder as it was
         self.batch_size = ids.shape[0]
         self._memory.commit(ids.shape[1], kept)

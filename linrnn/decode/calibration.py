@@ -178,7 +178,7 @@ class Calibration:
             reader.extend(ids[:, :-1], False)
             ids, held = ids[:, -1:], reader.state_bytes
         with LiveBytes() as live:
-            stack.model.head(reader.extend(ids, False))
+            stack.model.read_out(reader.extend(ids, False))
         return max(0, live.peak - (reader.state_bytes - held) - reader.id_bytes)
 
     @torch.no_grad()
@@ -208,8 +208,8 @@ class Calibration:
         model = self.stack.model
         h = model.embed(self.ids(1))
         with LiveBytes() as live:
-            model.head(h)
-        return self.seconds(lambda: model.head(h)), live.peak
+            model.read_out(h)
+        return self.seconds(lambda: model.read_out(h)), live.peak
 
     def ids(self, n: int) -> Tensor:
         """Returns ids (batch_size, n), the same each time and without touching torch's global random numbers."""

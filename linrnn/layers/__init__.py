@@ -7,6 +7,7 @@ from linrnn.layers.aaren import Aaren
 from linrnn.layers.attention import Attention, AttentionState
 from linrnn.layers.base import RecurrentLayer, State
 from linrnn.layers.bidirectional import Bidirectional
+from linrnn.layers.channel_mix import ChannelMix, ChannelMixState
 from linrnn.layers.complex_rwkv import ComplexRWKV
 from linrnn.layers.conv import Conv, ConvState
 from linrnn.layers.delta_layer import DeltaState
@@ -109,6 +110,8 @@ __all__ = [
     "Attention",
     "AttentionState",
     "Bidirectional",
+    "ChannelMix",
+    "ChannelMixState",
     "ComplexRWKV",
     "Conv",
     "ConvState",

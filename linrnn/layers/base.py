@@ -1,7 +1,7 @@
 """The contract of every layer: a sequence in pieces, whole, or token by token, with one answer."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, ClassVar, TypeAlias
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 # A NamedTuple of tensors, batch first; a backbone's state is a tuple of its layers' states.
 State: TypeAlias = Any
+# maps a token x_t (B, D) and a state to y_t (B, D) and the next state
+StepFn: TypeAlias = Callable[[Tensor, State], tuple[Tensor, State]]
 # {field: (shape behind the batch, dtype)}; a None dimension grows with T, a None dtype is any floating point one.
 StateSpec: TypeAlias = Mapping[str, tuple[tuple[int | None, ...], torch.dtype | None]]
 
@@ -61,6 +63,14 @@ class RecurrentLayer(nn.Module):
             raise ValueError(f"x_t: expected a tensor of shape (batch, {self.d_model}), got {describe(x_t)}")
         y, state = self(x_t[:, None], state)
         return y[:, 0], state
+
+    def frozen_step(self) -> StepFn:
+        """Returns a function that does what `step` does, for inference at speed.
+
+        What depends on parameters alone is computed now and arguments are not checked: make it again after the
+        parameters, the device or the mode have changed. It takes no gradient and no state of another batch size.
+        """
+        return self.step
 
     def init_state(self, batch_size: int) -> State:
         """Returns the zero state, on the device and in the precision of the layer.

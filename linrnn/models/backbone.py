@@ -1,29 +1,34 @@
-"""A stack of mixers and gated feed-forward networks with residual connections."""
+"""A stack of mixers and feed-forward networks with residual connections."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linrnn import layers
-from linrnn.layers.base import RecurrentLayer, State, blank_padding, positive_int
+from linrnn.layers.base import RecurrentLayer, State, StepFn, blank_padding, finite, positive_int
+from linrnn.models.ffn import build_ffn
 
 
 class SequenceBackbone(RecurrentLayer):
-    """Maps x (B, T, d_model) to features (B, T, d_model); its state is the tuple of its layers' states.
+    """Maps x (B, T, d_model) to features (B, T, d_model); its state is the tuple of its blocks' states.
 
     Each block is x + mixer(norm(x)), then x + ffn(norm(x)), with a norm at the end; with prenorm=False it is
-    norm(x + mixer(x)), then norm(x + ffn(x)), and nothing at the end. It keeps the contract of a layer.
+    norm(x + mixer(x)), then norm(x + ffn(x)), and nothing at the end. It keeps the contract of a layer. A block's state
+    is its mixer's, or `BlockState` where the feed-forward network has one too.
 
     Args:
         mixer: registry name of the mixing layer, or a list of at most n_layers names, which repeats (a hybrid).
         d_model: width D.
         n_layers: number of blocks.
         mixer_kwargs: keyword arguments of the mixer; for a list of mixers, {name: keyword arguments}.
-        ffn_expand: hidden width of the gated feed-forward network relative to d_model (rounded to a multiple of 8).
+        ffn: "swiglu" or "geglu" (gated), "channel_mix" (RWKV-4's, `layers.ChannelMix`), or None (Mamba has none).
+        ffn_expand: hidden width of a gated network relative to d_model (rounded to a multiple of 8); twice that is the
+            hidden width of channel_mix.
+        ffn_kwargs: "bias" (gated networks) and "d_hidden", a hidden width instead of ffn_expand.
         norm: "rms" or "layer".
+        norm_eps: added to the mean square or variance; 1e-6 for "rms" and 1e-5 for "layer" if None.
         prenorm: normalise before each sublayer (else after it).
         dropout: probability of dropping an output of a mixer or feed-forward network in training.
         bidirectional: every mixer looks both ways, in two halves (`layers.Bidirectional`) where it has no such option;
@@ -39,8 +44,11 @@ class SequenceBackbone(RecurrentLayer):
         n_layers: int,
         *,
         mixer_kwargs: Mapping[str, Any] | None = None,
+        ffn: str | None = "swiglu",
         ffn_expand: float = 2.0,
+        ffn_kwargs: Mapping[str, Any] | None = None,
         norm: str = "rms",
+        norm_eps: float | None = None,
         prenorm: bool = True,
         dropout: float = 0.0,
         bidirectional: bool = False,
@@ -56,15 +64,20 @@ class SequenceBackbone(RecurrentLayer):
         self.blocks = nn.ModuleList(
             Block(
                 build_mixer(name, d_model, per_mixer.get(name, {}), bidirectional),
-                ffn_expand=ffn_expand,
+                build_ffn(ffn, d_model, ffn_expand, ffn_kwargs or {}),
                 norm=norm,
+                norm_eps=norm_eps,
                 prenorm=prenorm,
                 dropout=dropout,
             )
             for name in names
         )
-        self.norm = build_norm(norm, d_model) if prenorm else nn.Identity()
+        self.norm = build_norm(norm, d_model, norm_eps) if prenorm else nn.Identity()
         self.causal = all(mixer.causal for mixer in self.mixers)
+        if not self.causal and any(isinstance(block.ffn, RecurrentLayer) for block in self.blocks):
+            raise ValueError(
+                f"ffn, bidirectional: these exclude each other, {ffn!r} looks back; expected a gated network"
+            )
 
     @property
     def mixers(self) -> list[RecurrentLayer]:
@@ -85,43 +98,119 @@ class SequenceBackbone(RecurrentLayer):
 
     def init_state(self, batch_size: int) -> State:
         self.require_causal("init_state")
-        return tuple(mixer.init_state(batch_size) for mixer in self.mixers)
+        return tuple(cast(Block, block).init_state(batch_size) for block in self.blocks)
+
+    def frozen_step(self) -> StepFn:
+        self.require_causal("frozen_step")
+        steps = [cast(Block, block).frozen_step() for block in self.blocks]
+
+        def step(x: Tensor, state: State) -> tuple[Tensor, State]:
+            after = []
+            for block_step, before in zip(steps, state, strict=True):
+                x, final = block_step(x, before)
+                after.append(final)
+            return self.norm(x), tuple(after)
+
+        return step
 
     @property
     def state_size(self) -> int | None:
-        total = 0
-        for mixer in self.mixers:
-            size = mixer.state_size
-            if size is None:
-                return None
-            total += size
-        return total
+        sizes = [cast(Block, block).state_size for block in self.blocks]
+        return None if None in sizes else sum(cast(list[int], sizes))
 
     def check_state(self, state: State, batch_size: int) -> None:
         if not self.causal:
             raise ValueError("state: a bidirectional backbone takes none, it sees the whole sequence; expected None")
         if not isinstance(state, tuple) or len(state) != len(self.blocks):
-            raise TypeError(f"state: expected a tuple of {len(self.blocks)} layer states or None, got {type(state)}")
+            given = f"{len(state)} of them" if isinstance(state, tuple) else type(state).__name__
+            raise TypeError(f"state: expected a tuple of {len(self.blocks)} block states or None, got {given}")
+        for i, (block, part) in enumerate(zip(self.blocks, state, strict=True)):
+            try:
+                cast(Block, block).check_state(part, batch_size)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"state[{i}]: {error}") from None
+
+
+class BlockState(NamedTuple):
+    """The states of a block whose feed-forward network has one too."""
+
+    mixer: State
+    ffn: State
 
 
 class Block(nn.Module):
-    """One mixer and one gated feed-forward network, each with its norm and residual connection."""
+    """One mixer and one feed-forward network, or none, each with its norm and residual connection."""
 
-    def __init__(self, mixer: RecurrentLayer, *, ffn_expand: float, norm: str, prenorm: bool, dropout: float):
+    def __init__(
+        self,
+        mixer: RecurrentLayer,
+        ffn: nn.Module | None,
+        *,
+        norm: str,
+        norm_eps: float | None,
+        prenorm: bool,
+        dropout: float,
+    ):
         super().__init__()
         self.prenorm = prenorm
         self.mixer = mixer
-        self.ffn = GatedFFN(mixer.d_model, ffn_expand)
-        self.mixer_norm = build_norm(norm, mixer.d_model)
-        self.ffn_norm = build_norm(norm, mixer.d_model)
+        self.ffn = ffn
+        self.mixer_norm = build_norm(norm, mixer.d_model, norm_eps)
+        self.ffn_norm = None if ffn is None else build_norm(norm, mixer.d_model, norm_eps)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
         self, x: Tensor, state: State = None, *, reset: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Maps x (B, T, D) to y (B, T, D) and the mixer's final state."""
-        y, state = self.mixer(self.mixer_input(x), state, reset=reset, mask=mask)
-        return self.finish(x, y), state
+        """Maps x (B, T, D) to y (B, T, D) and the final state: the mixer's, or `BlockState`."""
+        before, ffn_before = state if isinstance(state, BlockState) else (state, None)
+        y, after = self.mixer(self.mixer_input(x), before, reset=reset, mask=mask)
+        if not isinstance(self.ffn, RecurrentLayer):
+            return self.finish(x, y), after
+        x = self.add_mixed(x, y)
+        y, ffn_after = self.ffn(self.ffn_input(x), ffn_before, reset=reset, mask=mask)
+        return self.add_fed(x, y), BlockState(after, ffn_after)
+
+    def frozen_step(self) -> StepFn:
+        """Returns the step of `RecurrentLayer.frozen_step` for the whole block."""
+        mixer = cast(RecurrentLayer, self.mixer).frozen_step()
+        if not isinstance(self.ffn, RecurrentLayer):
+
+            def step(x: Tensor, state: State) -> tuple[Tensor, State]:
+                y, state = mixer(self.mixer_input(x), state)
+                return self.finish(x, y), state
+
+            return step
+        ffn = self.ffn.frozen_step()
+
+        def step_both(x: Tensor, state: State) -> tuple[Tensor, State]:
+            y, after = mixer(self.mixer_input(x), state.mixer)
+            x = self.add_mixed(x, y)
+            y, ffn_after = ffn(self.ffn_input(x), state.ffn)
+            return self.add_fed(x, y), BlockState(after, ffn_after)
+
+        return step_both
+
+    def init_state(self, batch_size: int) -> State:
+        """Returns the state before the first token."""
+        mixer = cast(RecurrentLayer, self.mixer).init_state(batch_size)
+        return BlockState(mixer, self.ffn.init_state(batch_size)) if isinstance(self.ffn, RecurrentLayer) else mixer
+
+    def check_state(self, state: State, batch_size: int) -> None:
+        """Raises TypeError or ValueError unless `state` is one of this block, for this batch."""
+        mixer = cast(RecurrentLayer, self.mixer)
+        if not isinstance(self.ffn, RecurrentLayer):
+            return mixer.check_state(state, batch_size)
+        if not isinstance(state, BlockState):
+            raise TypeError(f"state: expected BlockState, got {type(state).__name__}")
+        mixer.check_state(state.mixer, batch_size)
+        self.ffn.check_state(state.ffn, batch_size)
+
+    @property
+    def state_size(self) -> int | None:
+        """Numbers in the state of one sequence; None if it grows with T."""
+        sizes = [part.state_size for part in (self.mixer, self.ffn) if isinstance(part, RecurrentLayer)]
+        return None if None in sizes else sum(cast(list[int], sizes))
 
     def mixer_input(self, x: Tensor) -> Tensor:
         """Maps the block's input to the mixer's."""
@@ -129,36 +218,32 @@ class Block(nn.Module):
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
         """Maps the block's input x and the mixer's output y to the block's output: token by token from here on."""
+        x = self.add_mixed(x, y)
+        return x if self.ffn is None else self.add_fed(x, self.ffn(self.ffn_input(x)))
+
+    def add_mixed(self, x: Tensor, y: Tensor) -> Tensor:
+        """Adds the mixer's output y to the block's input x."""
         x = x + self.dropout(y)
-        if self.prenorm:
-            return x + self.dropout(self.ffn(self.ffn_norm(x)))
-        x = self.mixer_norm(x)
-        return self.ffn_norm(x + self.dropout(self.ffn(x)))
+        return x if self.prenorm else self.mixer_norm(x)
+
+    def ffn_input(self, x: Tensor) -> Tensor:
+        """Maps what `add_mixed` returned to the feed-forward network's input."""
+        return x if self.ffn_norm is None or not self.prenorm else self.ffn_norm(x)
+
+    def add_fed(self, x: Tensor, y: Tensor) -> Tensor:
+        """Adds the feed-forward network's output y to what `add_mixed` returned."""
+        x = x + self.dropout(y)
+        return x if self.ffn_norm is None or self.prenorm else self.ffn_norm(x)
 
 
-class GatedFFN(nn.Module):
-    """y = W_out (silu(W_gate x) * W_in x), without biases (SwiGLU, Shazeer 2020, arXiv:2002.05202)."""
-
-    def __init__(self, d_model: int, expand: float):
-        super().__init__()
-        if not expand > 0:
-            raise ValueError(f"ffn_expand: expected a number > 0, got {expand}")
-        hidden = max(8, 8 * round(expand * d_model / 8))
-        self.gate_in = nn.Linear(d_model, 2 * hidden, bias=False)
-        self.out = nn.Linear(hidden, d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps x (..., D) to y (..., D)."""
-        gate, value = self.gate_in(x).chunk(2, -1)
-        return self.out(F.silu(gate) * value)
-
-
-def build_norm(norm: str, d_model: int) -> nn.Module:
-    """Returns the normalisation called "rms" or "layer"."""
+def build_norm(norm: str, d_model: int, eps: float | None = None) -> nn.Module:
+    """Returns the normalisation called "rms" or "layer", with its own eps (1e-6 and 1e-5) if None is given."""
+    if eps is not None and not (finite(eps) and eps > 0):
+        raise ValueError(f"norm_eps: expected a finite number > 0 or None, got {eps!r}")
     if norm == "rms":
-        return nn.RMSNorm(d_model, eps=1e-6)
+        return nn.RMSNorm(d_model, eps=1e-6 if eps is None else eps)
     if norm == "layer":
-        return nn.LayerNorm(d_model)
+        return nn.LayerNorm(d_model, eps=1e-5 if eps is None else eps)
     raise ValueError(f'norm: expected "rms" or "layer", got {norm!r}')
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linrnn.layers.base import State, describe, positive_int
-from linrnn.models.backbone import SequenceBackbone
+from linrnn.layers.base import State, StepFn, describe, finite, positive_int
+from linrnn.models.backbone import SequenceBackbone, build_norm
 from linrnn.models.pretrained import Pretrained
 from linrnn.models.tokens import check_ids, embed_ids
 
@@ -26,8 +26,12 @@ class LanguageModel(Pretrained):
 
     Args:
         vocab_size: number V of token ids.
-        mixer, d_model, n_layers, mixer_kwargs, ffn_expand, norm, prenorm, dropout: the backbone's.
+        mixer, d_model, n_layers, mixer_kwargs, ffn, ffn_expand, ffn_kwargs, norm, norm_eps, prenorm, dropout: the
+            backbone's.
         tie_embeddings: the head's weight is the embedding's (Press and Wolf 2017, arXiv:1608.05859).
+        embed_scale: factor of the embeddings (sqrt(d_model) in Gemma), none if None.
+        embed_norm: normalises the embeddings, as RWKV does.
+        logit_soft_cap: c of c tanh(logits / c), which keeps logits within ±c (Gemma); none if None.
     """
 
     def __init__(
@@ -40,26 +44,40 @@ class LanguageModel(Pretrained):
         tie_embeddings: bool = False,
         dropout: float = 0.0,
         mixer_kwargs: Mapping[str, Any] | None = None,
+        ffn: str | None = "swiglu",
         ffn_expand: float = 2.0,
+        ffn_kwargs: Mapping[str, Any] | None = None,
         norm: str = "rms",
+        norm_eps: float | None = None,
         prenorm: bool = True,
+        embed_scale: float | None = None,
+        embed_norm: bool = False,
+        logit_soft_cap: float | None = None,
     ):
         super().__init__()
         self.config = self.constructor_arguments(locals())
         self.vocab_size, self.tie_embeddings = positive_int("vocab_size", vocab_size), tie_embeddings
+        for name, value in (("embed_scale", embed_scale), ("logit_soft_cap", logit_soft_cap)):
+            if value is not None and not (finite(value) and value > 0):
+                raise ValueError(f"{name}: expected a finite number > 0 or None, got {value!r}")
+        self.embed_scale, self.logit_soft_cap = embed_scale, logit_soft_cap
         self.backbone = SequenceBackbone(
             mixer,
             d_model,
             n_layers,
             mixer_kwargs=mixer_kwargs,
+            ffn=ffn,
             ffn_expand=ffn_expand,
+            ffn_kwargs=ffn_kwargs,
             norm=norm,
+            norm_eps=norm_eps,
             prenorm=prenorm,
             dropout=dropout,
         )
         if not self.backbone.causal:
             raise ValueError(f"mixer_kwargs: a language model looks back only; expected causal mixers, got {mixer!r}")
         self.embed = nn.Embedding(vocab_size, d_model)
+        self.embed_norm = build_norm(norm, d_model, norm_eps) if embed_norm else None
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         if tie_embeddings:
             self.head.weight = self.embed.weight
@@ -85,7 +103,7 @@ class LanguageModel(Pretrained):
             ValueError: a wrong shape or dtype, or an id outside the vocabulary.
         """
         h, state = self.features(ids, state, reset=reset, mask=mask)
-        return self.head(h), state
+        return self.read_out(h), state
 
     def features(
         self, ids: Tensor, state: State = None, *, reset: Tensor | None = None, mask: Tensor | None = None
@@ -94,7 +112,23 @@ class LanguageModel(Pretrained):
         check_ids("ids", ids)
         if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != ids.shape):
             raise ValueError(f"mask: expected a bool tensor of shape {tuple(ids.shape)}, got {describe(mask)}")
-        return self.backbone(embed_ids("ids", ids, self.embed, mask), state, reset=reset, mask=mask)
+        return self.backbone(self.embed_tokens(ids, mask), state, reset=reset, mask=mask)
+
+    def embed_tokens(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Maps ids (B, T) to what the backbone reads, (B, T, D)."""
+        return self.prepare(embed_ids("ids", ids, self.embed, mask))
+
+    def prepare(self, e: Tensor) -> Tensor:
+        """Maps embeddings (..., D) to what the backbone reads: scaled and normalised, if the model does that."""
+        if self.embed_scale is not None:
+            e = e * self.embed_scale
+        return e if self.embed_norm is None else self.embed_norm(e)
+
+    def read_out(self, h: Tensor) -> Tensor:
+        """Maps features (..., D) to logits (..., V)."""
+        logits = self.head(h)
+        c = self.logit_soft_cap
+        return logits if c is None else c * torch.tanh(logits / c)
 
     def step(self, ids_t: Tensor, state: State) -> tuple[Tensor, State]:
         """Maps one token ids_t (B,) and a state to logits (B, V) and the next state: forward at length 1."""
@@ -102,6 +136,16 @@ class LanguageModel(Pretrained):
             raise ValueError(f"ids_t: expected a tensor of shape (batch,), got {describe(ids_t)}")
         logits, state = self(ids_t[:, None], state)
         return logits[:, 0], state
+
+    def frozen_step(self) -> StepFn:
+        """Returns a function that does what `step` does, for inference at speed; see `RecurrentLayer.frozen_step`."""
+        backbone = self.backbone.frozen_step()
+
+        def step(ids_t: Tensor, state: State) -> tuple[Tensor, State]:
+            h, state = backbone(self.prepare(self.embed(ids_t)), state)
+            return self.read_out(h), state
+
+        return step
 
     def init_state(self, batch_size: int) -> State:
         """Returns the state before the first token, on the device and in the precision of the model."""

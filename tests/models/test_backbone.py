@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from linrnn import layers
 from linrnn.decode.state import leaves
 from linrnn.models import SequenceBackbone
-from linrnn.models.backbone import GatedFFN
+from linrnn.models.ffn import GatedFFN
 
 D = 16
 MIXERS: list[Any] = [*(name for name in layers.available() if name != "nystrom"), ["lru", "attention"]]  # causal ones
@@ -160,7 +160,7 @@ def test_bad_inputs() -> None:
     backbone, x = SequenceBackbone("lru", D, 2), torch.randn(2, 5, D)
     with pytest.raises(ValueError, match=r"x: expected shape \(batch, time, 16\)"):
         backbone(x[..., :8])
-    with pytest.raises(TypeError, match="state: expected a tuple of 2 layer states or None"):
+    with pytest.raises(TypeError, match="state: expected a tuple of 2 block states or None"):
         backbone(x, SequenceBackbone("lru", D, 3).init_state(2))
     with pytest.raises(ValueError, match=r"state\.h: expected shape \(2, 16\), got \(3, 16\)"):
         backbone(x, backbone.init_state(3))
