@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linrnn.layers.append import append
-from linrnn.layers.attention_scale import QK_NORMS, Scale, check_scale, constant_scale, query_factor
+from linrnn.layers.attention_scale import QK_NORMS, Scale, check_scale, constant_scale, query_factor, unit
 from linrnn.layers.attention_state import AttentionState, first_tokens, next_state
 from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, finite, positive_int
-from linrnn.layers.heads import HeadNorm, white_
+from linrnn.layers.heads import HeadNorm, heads_of_width, white_
 from linrnn.layers.local_attention import Packed, Sight, pack, sight, unpack
 from linrnn.layers.positions import ALiBi, Positions, ReRoPE, RoPE, as_positions
 from linrnn.layers.softmax_attention import Rule, Sinks, attend, fused, keeps_weights, products
@@ -32,7 +31,8 @@ class Attention(RecurrentLayer):
 
     Args:
         d_model: width D of input and output.
-        n_heads: number H of heads, of width K = D / H; if None, at least 4 heads as wide as 16 to 64 allows.
+        n_heads: number H of heads; if None, at least 4 heads as wide as 16 to 64 allows, or D / K of them.
+        d_head: width K of a head; if None, D / H.
         n_kv_heads: heads of keys and values, a divisor of H; if None, H. Groups of H / n_kv_heads heads share them.
         positions: a value of `linrnn.layers.positions` (RoPE, ReRoPE, ALiBi, NoPE), its name, a mapping, or None.
         scale: factor of the logits. None: 1 / sqrt(K), one with qk_norm="key", 4 ln n with "cos", where a query sees n
@@ -40,6 +40,7 @@ class Attention(RecurrentLayer):
         qk_norm: "qk": RMSNorm with a gain on the heads of queries and keys; "key": keys of length one (KeyNorm);
             "cos": both (CosA, kexue.fm 9859).
         qk_bias: adds a bias to queries and keys, before R_t (kexue.fm 9577).
+        out_bias: adds a bias to the output. (One of the values would be the same: the weights of a token sum to one.)
         window: a token sees those at distances below it, on both sides if bidirectional.
         sink: how many first tokens of a document are seen beside the window (arXiv:2309.17453).
         half_causal: of a bidirectional layer, half of the heads see tokens up to t, the others those from t on
@@ -60,11 +61,13 @@ class Attention(RecurrentLayer):
         d_model: int,
         *,
         n_heads: int | None = None,
+        d_head: int | None = None,
         n_kv_heads: int | None = None,
         positions: Positions | str | Mapping[str, Any] | None = RoPE(),  # noqa: B008
         scale: Scale = None,
         qk_norm: str | None = None,
         qk_bias: bool = False,
+        out_bias: bool = False,
         window: int | None = None,
         sink: int = 0,
         half_causal: bool = False,
@@ -73,10 +76,7 @@ class Attention(RecurrentLayer):
         dropout: float = 0.0,
     ):
         super().__init__(d_model, causal=causal and not bidirectional)
-        self.n_heads = default_heads(d_model) if n_heads is None else positive_int("n_heads", n_heads)
-        if d_model % self.n_heads:
-            raise ValueError(f"n_heads: expected a divisor of d_model = {d_model}, got {n_heads}")
-        self.d_head = d_model // self.n_heads
+        self.n_heads, self.d_head = heads_of_width(d_model, n_heads, d_head)
         self.n_kv_heads = self.n_heads if n_kv_heads is None else positive_int("n_kv_heads", n_kv_heads)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads: expected a divisor of n_heads = {self.n_heads}, got {n_kv_heads}")
@@ -84,7 +84,7 @@ class Attention(RecurrentLayer):
         if isinstance(self.positions, RoPE):
             self.positions.turned(self.d_head)
         elif isinstance(self.positions, ReRoPE) and self.d_head % 2:
-            raise ValueError(f"n_heads: ReRoPE needs an even head width, got d_model / n_heads = {self.d_head}")
+            raise ValueError(f"n_heads: ReRoPE needs an even head width, got heads of {self.d_head}")
         if qk_norm not in QK_NORMS:
             raise ValueError(f"qk_norm: expected one of 'qk', 'key', 'cos', None, got {qk_norm!r}")
         self.scale, self.qk_norm = check_scale(scale, qk_norm), qk_norm
@@ -96,7 +96,7 @@ class Attention(RecurrentLayer):
         self.sink, self.half_causal, self.dropout = sink, half_causal, dropout
         self.check_together()
         self.qkv = nn.Linear(d_model, (self.n_heads + 2 * self.n_kv_heads) * self.d_head, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.out = nn.Linear(self.n_heads * self.d_head, d_model, bias=out_bias)
         self.qk_bias = nn.Parameter(torch.empty(self.n_heads + self.n_kv_heads, self.d_head)) if qk_bias else None
         self.q_norm = HeadNorm(self.d_head) if qk_norm == "qk" else None
         self.k_norm = HeadNorm(self.d_head) if qk_norm == "qk" else None
@@ -234,7 +234,8 @@ class Attention(RecurrentLayer):
         """Maps x (B, T, D) and a state to y (B, T, D) and the state after the last token (None if bidirectional)."""
         self.check_inputs(x, state, reset, mask)
         if x.shape[1] == 0:
-            return self.out(x), (self.init_state(len(x)) if state is None else state) if self.causal else None
+            empty = self.merge(x.new_empty(len(x), 0, self.n_heads, self.d_head))
+            return empty, (self.init_state(len(x)) if state is None else state) if self.causal else None
         packed = pack(x, reset, mask)
         seen = sight(packed, state and state.position, None, self.causal)
         q, k, v = self.project(packed.x, seen.before, self.count(seen.before, seen.after))
@@ -288,16 +289,3 @@ class Attention(RecurrentLayer):
         if isinstance(self.positions, ReRoPE):
             rule = rule._replace(scores=self.scores, far_window=self.positions.window)
         return rule
-
-
-def default_heads(d_model: int) -> int:
-    """Returns a number of heads 16 to 64 wide: as wide as 4 heads allow."""
-    widths = [width for width in range(16, 65, 2) if d_model % width == 0]
-    if not widths:
-        raise ValueError(f"n_heads: no even head width from 16 to 64 divides d_model = {d_model}; give n_heads")
-    return d_model // max((width for width in widths if d_model >= 4 * width), default=min(widths))
-
-
-def unit(x: Tensor) -> Tensor:
-    """Divides x (..., K) by its length."""
-    return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1, eps=1e-6).to(x.dtype)

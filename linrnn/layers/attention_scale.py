@@ -9,9 +9,10 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from linrnn.layers.base import positive_int
+from linrnn.layers.base import accumulation_dtype, positive_int
 from linrnn.layers.positions import check_number
 
 
@@ -62,3 +63,8 @@ def query_factor(scale: Scale, qk_norm: str | None, n: Tensor, dtype: torch.dtyp
     if qk_norm == "cos":
         return (4.0 if scale is None else 3.5) * log
     return 0.84 * log.sqrt()
+
+
+def unit(x: Tensor) -> Tensor:
+    """Divides x (..., K) by its length."""
+    return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1, eps=1e-6).to(x.dtype)

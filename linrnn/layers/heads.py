@@ -30,6 +30,29 @@ def count_heads(d_model: int, n_heads: int | None, width: int | None = None, *, 
     return n_heads
 
 
+def heads_of_width(d_model: int, n_heads: int | None, d_head: int | None) -> tuple[int, int]:
+    """Returns the number of heads and their width, checked; together they need not be d_model where both are given.
+
+    Without either, at least 4 heads as wide as 16 to 64 allows.
+
+    Raises:
+        ValueError: a value below one, the one given does not divide d_model, or d_model has no default.
+    """
+    if n_heads is not None and d_head is not None:
+        return positive_int("n_heads", n_heads), positive_int("d_head", d_head)
+    for name, given in (("n_heads", n_heads), ("d_head", d_head)):
+        if given is not None and d_model % positive_int(name, given):
+            raise ValueError(f"{name}: expected a divisor of d_model = {d_model}, got {given}")
+    if n_heads is not None:
+        return n_heads, d_model // n_heads
+    if d_head is None:
+        widths = [width for width in range(16, 65, 2) if d_model % width == 0]
+        if not widths:
+            raise ValueError(f"n_heads: no even head width from 16 to 64 divides d_model = {d_model}; give n_heads")
+        d_head = max((width for width in widths if d_model >= 4 * width), default=min(widths))
+    return d_model // d_head, d_head
+
+
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
     """(B, T, D) to (B, T, H, D / H)."""
     return x.unflatten(-1, (n_heads, x.shape[-1] // n_heads))

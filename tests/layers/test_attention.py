@@ -111,6 +111,13 @@ def test_default_heads(d_model: int) -> None:
     assert layer.n_heads >= min(4, d_model // 16)
 
 
+def test_width_of_the_heads() -> None:
+    assert Attention(48, d_head=12).n_heads == 4
+    layer = Attention(48, n_heads=5, d_head=6, out_bias=True)
+    assert layer(torch.randn(2, 0, 48))[0].shape == (2, 0, 48)
+    assert (layer.out.in_features, layer.out.out_features, layer.out.bias.shape) == (30, 48, (48,))
+
+
 def test_causal_false_is_bidirectional() -> None:
     x = torch.randn(2, 9, 16)
     one, other = Attention(16, causal=False), Attention(16, bidirectional=True)
@@ -126,6 +133,8 @@ def test_causal_false_is_bidirectional() -> None:
         (16, {"n_heads": 0}, "n_heads: expected an integer >= 1, got 0"),
         (16, {"n_heads": 3}, "n_heads: expected a divisor of d_model = 16, got 3"),
         (15, {"n_heads": 5}, "n_heads: rotary positions turn an even number of channels, got 3"),
+        (16, {"d_head": 3}, "d_head: expected a divisor of d_model = 16, got 3"),
+        (16, {"n_heads": 2, "d_head": 0}, "d_head: expected an integer >= 1, got 0"),
         (17, {}, "n_heads: no even head width .* divides d_model = 17"),
         (16, {"dropout": 1.0}, r"dropout: expected a number in \[0, 1\), got 1\.0"),
         (16, {"dropout": "a"}, r"dropout: expected a number in \[0, 1\), got 'a'"),

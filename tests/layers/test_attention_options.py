@@ -20,6 +20,7 @@ HALF = {"n_heads": 4, "half_causal": True, "bidirectional": True}
 VARIANTS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Any]]] = {
     "grouped queries": ({"n_heads": 4, "n_kv_heads": 2}, lambda n: 6**-0.5),
     "one key head": ({"n_heads": 4, "n_kv_heads": 1, "positions": "alibi"}, lambda n: 6**-0.5),
+    "narrow heads": ({"n_heads": 4, "d_head": 4, "n_kv_heads": 2, "out_bias": True}, lambda n: 4**-0.5),
     "interpolation": ({"n_heads": 3, "positions": RoPE(scaling=Interpolation(4))}, lambda n: 8**-0.5),
     "alibi": ({"n_heads": 3, "positions": "alibi"}, lambda n: 8**-0.5),
     "nope": ({"n_heads": 3, "positions": "nope"}, lambda n: 8**-0.5),
@@ -70,7 +71,7 @@ def make(name: str, bidirectional: bool = False, dtype: torch.dtype = torch.floa
 def naive(layer: Attention, x: Tensor, name: str) -> Tensor:
     """Maps one document x (T, D) to y (T, D)."""
     T, (H, G) = len(x), (layer.n_heads, layer.n_heads // layer.n_kv_heads)
-    K = D // H
+    K = layer.d_head
     q, k, v = (x @ layer.qkv.weight.T).view(T, -1, K).split((H, H // G, H // G), 1)
     if layer.qk_bias is not None:
         q, k = q + layer.qk_bias[:H], k + layer.qk_bias[H:]
@@ -109,7 +110,8 @@ def naive(layer: Attention, x: Tensor, name: str) -> Tensor:
         slopes = [2**-4, 2**-8, 2**-2] if H == 3 else [2**-2, 2**-4, 2**-6, 2**-8]
         logits = logits - torch.tensor(slopes)[:, None, None] * d.abs()
     p = logits.masked_fill(~seen, -torch.inf).softmax(-1)
-    return torch.einsum("hij,jhk->ihk", p, v).reshape(T, D) @ layer.out.weight.T
+    y = torch.einsum("hij,jhk->ihk", p, v).reshape(T, H * K) @ layer.out.weight.T
+    return y if layer.out.bias is None else y + layer.out.bias
 
 
 def documents(reset: Tensor, mask: Tensor) -> Iterator[tuple[int, Tensor]]:
