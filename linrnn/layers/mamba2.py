@@ -7,16 +7,17 @@
 Linear attention with C as q, B as k, Δ x as v, and a decay for every head and token.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, positive_int
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, finite, positive_int
 from linrnn.layers.heads import HeadNorm, count_heads, merge_heads, split_heads
 from linrnn.layers.short_conv import ShortConv
-from linrnn.layers.time_step import check_time_steps, dt_bias_
+from linrnn.layers.time_step import check_dt_limit, check_time_steps, dt_bias_
 from linrnn.ops import linear_attention
 
 
@@ -42,6 +43,10 @@ class Mamba2(RecurrentLayer):
         n_groups: number G of B's and C's, each for H / G heads.
         A_range: the interval in which -A starts, evenly.
         dt_min, dt_max: the interval in which softplus(dt_bias) starts, log-evenly.
+        dt_limit: the interval to which Δ is clamped, in every mode; None leaves it as it is.
+        conv_bias: whether the convolution has a bias.
+        bias: whether W_in and W_out have.
+        norm_eps: added to the mean square in the RMSNorm, which is over each of the n_groups parts of d_inner.
     """
 
     state_type = Mamba2State
@@ -58,6 +63,10 @@ class Mamba2(RecurrentLayer):
         A_range: tuple[float, float] = (1.0, 16.0),
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
+        dt_limit: Sequence[float] | None = None,
+        conv_bias: bool = True,
+        bias: bool = False,
+        norm_eps: float = 1e-5,
     ):
         super().__init__(d_model)
         self.d_state = min(d_model, 128) if d_state is None else positive_int("d_state", d_state)
@@ -72,16 +81,19 @@ class Mamba2(RecurrentLayer):
         if not 0 < A_range[0] <= A_range[1]:
             raise ValueError(f"A_range: expected 0 < lower <= upper, got {A_range}")
         check_time_steps(dt_min, dt_max)
+        if not finite(norm_eps) or not norm_eps > 0:
+            raise ValueError(f"norm_eps: expected a finite number > 0, got {norm_eps!r}")
         self.A_range, self.dt_min, self.dt_max = A_range, dt_min, dt_max
+        self.dt_limit = None if dt_limit is None else check_dt_limit(dt_limit)
         channels = self.d_inner + 2 * n_groups * self.d_state
         self.sizes = (self.d_inner, channels, self.n_heads)  # of z, xBC and dt
-        self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)
-        self.conv = ShortConv(channels, width=positive_int("d_conv", d_conv), bias=True)
+        self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=bias)
+        self.conv = ShortConv(channels, width=positive_int("d_conv", d_conv), bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
-        self.norm = HeadNorm(n_groups, self.d_inner // n_groups)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.norm = HeadNorm(n_groups, self.d_inner // n_groups, eps=norm_eps)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -115,6 +127,8 @@ class Mamba2(RecurrentLayer):
 
         wide = accumulation_dtype(dt.dtype)
         Δ = F.softplus(dt.to(wide) + self.dt_bias)  # (B, T, H)
+        if self.dt_limit is not None:
+            Δ = Δ.clamp(*self.dt_limit)
         log_decay = Δ * -self.A_log.to(wide).exp()
         v = (Δ[..., None] * u).to(u.dtype)
         o, ssm = linear_attention(
