@@ -1,7 +1,7 @@
 """Decoding softmax attention with five memories: tokens per second and bytes of state, and the curve between them.
 
-    pip install -e '.[bench]' && python benchmarks/decode.py       # minutes; writes benchmarks/results/ and docs/
-    python benchmarks/decode.py --lengths 128 --no-write           # one length
+    pip install -e '.[bench]' && python benchmarks/attention_memory.py       # minutes; writes benchmarks/results/ and docs/
+    python benchmarks/attention_memory.py --lengths 128 --no-write           # one length
 
 Each row is one token decoded behind so many: "kv" and "inputs" after a prefill, the others from the token ids alone.
 The fastest of a few calls counts. What is predicted to take longer than --limit is not run: its row, and its hollow
@@ -181,7 +181,7 @@ def main() -> None:
         lines += [f"## {length} tokens", "", *table(own), ""]
         print("\n".join(lines[-len(own) - 5 :]), flush=True)
     if not args.no_write:
-        path = common.RESULTS / f"decode_cpu_{args.threads}threads.md"
+        path = common.RESULTS / f"attention_memory_cpu_{args.threads}threads.md"
         common.write_whole(path, "\n".join(lines))
         curve(rows, CURVE, f"One token of {args.layers} attention layers, D = {args.d_model}")
         print(f"wrote {path} and {CURVE}")
