@@ -1,0 +1,1 @@
+"""Byte-level language models of several mixers, trained alike and compared."""
