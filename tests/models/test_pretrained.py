@@ -1,6 +1,9 @@
 """Checkpoint folders: what is saved comes back, and what does not fit is named."""
 
+import copy
 import json
+import pickle
+from dataclasses import FrozenInstanceError, asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from linrnn.models import Pretrained, SequenceClassifier
-from linrnn.models.pretrained import CONFIG, WEIGHTS
+from linrnn.models.pretrained import CONFIG, INDEX, WEIGHTS
 
 
 def make(**kwargs: Any) -> SequenceClassifier:
@@ -68,19 +71,18 @@ def test_config_is_readable(tmp_path: Path) -> None:
     config = json.loads((tmp_path / CONFIG).read_text())
     assert config["class"] == "SequenceClassifier"
     assert config["arguments"]["max_length"] == 9
-    assert set(config) == {"class", "version", "arguments"}
+    assert set(config) == {"model_type", "class", "format", "version", "arguments"}
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     model.save_pretrained(tmp_path)
 
-    def full(self: Path, data: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(data[:10])
+    def full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="no space left"):
         make(d_model=32).save_pretrained(tmp_path)
     monkeypatch.undo()
@@ -90,11 +92,13 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
 
 
 def test_not_a_checkpoint_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"missing-folder: not a checkpoint folder.*config\.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"missing-folder: no such folder, nor a hub id"):
         SequenceClassifier.from_pretrained(tmp_path / "missing-folder")
+    with pytest.raises(FileNotFoundError, match=r"not the folder of a checkpoint, config\.json is missing"):
+        SequenceClassifier.from_pretrained(tmp_path)
     make().save_pretrained(tmp_path)
     (tmp_path / WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor .*index\.json is there"):
         SequenceClassifier.from_pretrained(tmp_path)
 
 
@@ -119,16 +123,32 @@ def test_bad_config(tmp_path: Path) -> None:
         SequenceClassifier.from_pretrained(
             edited(tmp_path, arguments={"n_classes": 3, "vocab_size": 7, "mixer": "gru"})
         )
-    for text in ("{", "[]", '{"class": "SequenceClassifier"}', '{"class": "SequenceClassifier", "arguments": 3}'):
+    for text, message in (
+        ("{", "damaged or not JSON"),
+        ("[]", "expected a JSON object, got list"),
+        ('{"class": "SequenceClassifier"}', "expected class, format and arguments.*, got class;"),
+        ('{"class": "SequenceClassifier", "arguments": 3}', "expected class, format and arguments"),
+        (
+            '{"model_type": "mamba"}',
+            "expected class.*; checkpoints of others are read by linrnn.models.load_pretrained",
+        ),
+    ):
         (folder / CONFIG).write_text(text)
-        with pytest.raises(ValueError, match=r"config\.json: expected JSON with class, version and arguments"):
+        with pytest.raises(ValueError, match=rf"config\.json: {message}"):
             SequenceClassifier.from_pretrained(folder)
+
+
+class Tripwire:
+    """Fails the test when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("code of a checkpoint ran",)
 
 
 def test_damaged_weights(tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
     data = (tmp_path / WEIGHTS).read_bytes()
-    for damaged in (b"", data[:100], data[:-1]):
+    for damaged in (b"", data[:100], data[:-1], pickle.dumps({"head.weight": Tripwire()})):
         (tmp_path / WEIGHTS).write_bytes(damaged)
         with pytest.raises(ValueError, match=r"model\.safetensors: damaged or not a safetensors file"):
             SequenceClassifier.from_pretrained(tmp_path)
@@ -159,3 +179,84 @@ def test_arguments_must_be_json(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="config: expected arguments that JSON can hold"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_pickles_are_not_read(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    torch.save({"head.weight": Tripwire()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin.*pickle"):
+        SequenceClassifier.from_pretrained(tmp_path)
+
+
+def test_eval_mode_and_a_chosen_precision(tmp_path: Path) -> None:
+    model = make(dropout=0.5)
+    model.save_pretrained(tmp_path)
+    again = SequenceClassifier.from_pretrained(tmp_path, dtype=torch.float64, device="cpu")
+    assert not again.training and {p.dtype for p in again.parameters()} == {torch.float64}
+    x = torch.randint(7, (2, 9))
+    torch.testing.assert_close(again(x), model.double().eval()(x), rtol=0, atol=0)
+    assert {p.device.type for p in SequenceClassifier.from_pretrained(tmp_path, device="meta").parameters()} == {"meta"}
+    for dtype in ("float64", torch.int8):
+        with pytest.raises(ValueError, match="dtype: expected a floating point"):
+            SequenceClassifier.from_pretrained(tmp_path, dtype=dtype)
+    with pytest.raises(ValueError, match="revision: a folder has none"):
+        SequenceClassifier.from_pretrained(tmp_path, revision="main")
+
+
+def test_several_files(tmp_path: Path) -> None:
+    """Sharded and whole checkpoints replace one another without leaving files behind."""
+    model, x = make(), torch.randint(7, (2, 9))
+    make().save_pretrained(tmp_path)
+    for size, whole in ((2000, False), (1, False), (10**6, True), (3000, False)):
+        model.save_pretrained(tmp_path, max_shard_bytes=size)
+        names = {path.name for path in tmp_path.iterdir()}
+        assert (names == {CONFIG, WEIGHTS}) == whole
+        if not whole:
+            index = json.loads((tmp_path / INDEX).read_text())
+            assert names == {CONFIG, INDEX, *index["weight_map"].values()}
+            for shard in set(index["weight_map"].values()):
+                tensors = load_file(tmp_path / shard)
+                assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= size
+        assert torch.equal(SequenceClassifier.from_pretrained(tmp_path)(x), model(x))
+    next(tmp_path.glob("model-00001-*")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00001-of-.* is missing"):
+        SequenceClassifier.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="max_shard_bytes: expected an integer >= 1, got 0"):
+        model.save_pretrained(tmp_path, max_shard_bytes=0)
+
+
+def test_config_is_a_dataclass(tmp_path: Path) -> None:
+    given = {"lru": {"d_state": 8}}
+    model = make(mixer=("lru", "attention"), n_layers=2, mixer_kwargs=given)
+    config = model.config
+    assert isinstance(config, SequenceClassifier.Config) and config.d_model == 16 and config.max_length is None
+    with pytest.raises(FrozenInstanceError):
+        config.d_model = 32
+    given["lru"]["d_state"] = 4
+    assert config.mixer_kwargs == {"lru": {"d_state": 8}}  # what the model was built with
+    assert SequenceClassifier(**asdict(config)).config == config == SequenceClassifier.from_config(config).config
+    assert len(SequenceClassifier.from_config(replace(config, n_layers=4)).backbone.blocks) == 4
+    model.save_pretrained(tmp_path)
+    assert SequenceClassifier.from_pretrained(tmp_path).config == config
+    assert pickle.loads(pickle.dumps(model)).config == copy.deepcopy(model).config == config
+    with pytest.raises(TypeError, match=r"config: expected a SequenceClassifier\.Config, got \{\}"):
+        SequenceClassifier.from_config({})
+
+
+class Wider(SequenceClassifier):
+    """Has an argument of its own."""
+
+    def __init__(self, n_classes: int, factor: int, *, record: bool = True):
+        super().__init__(n_classes, vocab_size=7, d_model=16 * factor)
+        if record:
+            self.config = self.constructor_arguments(locals())
+
+
+def test_a_subclass_with_other_arguments(tmp_path: Path) -> None:
+    model, x = Wider(3, 2), torch.randint(7, (2, 9))
+    assert asdict(model.config) == {"n_classes": 3, "factor": 2, "record": True}
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Wider.from_pretrained(tmp_path)(x), model(x))
+    with pytest.raises(TypeError, match=r"Wider\.config: expected self\.constructor_arguments"):
+        Wider(3, 2, record=False).save_pretrained(tmp_path)

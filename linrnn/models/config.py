@@ -1,0 +1,31 @@
+"""A model's configuration: a frozen dataclass with the arguments of its constructor."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import field, make_dataclass
+from typing import Any
+
+
+def config_type(model: type) -> type:
+    """Returns the frozen dataclass whose fields are the named arguments of a model's constructor, and their defaults.
+
+    The constructor stays the only list of them: what it takes is what a configuration holds.
+    """
+    fields: list[Any] = []
+    for p in inspect.signature(model).parameters.values():
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            continue
+        fields.append((p.name, p.annotation, field() if p.default is p.empty else field(default=p.default)))
+    made = make_dataclass("Config", fields, frozen=True, kw_only=True)
+    made.__module__, made.__qualname__ = model.__module__, f"{model.__qualname__}.Config"  # where pickle finds it
+    made.__doc__ = f"The arguments of {model.__qualname__}, described there."
+    return made
+
+
+def plain(value: Any) -> Any:
+    """Copies containers, tuples as lists: what JSON gives back, and what no caller changes afterwards."""
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return value
