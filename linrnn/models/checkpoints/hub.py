@@ -1,0 +1,62 @@
+"""Where a checkpoint lies: a folder, or a repository of the Hugging Face hub, from which only data is downloaded."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def is_hub_id(source: str | os.PathLike[str]) -> bool:
+    """Returns whether `source` is no folder here but a name that the hub could have.
+
+    Raises:
+        TypeError: neither a string nor a path.
+        NotADirectoryError: a file.
+        FileNotFoundError: neither a folder nor such a name.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"source: expected a folder or a hub id, got {type(source).__name__} {source!r}")
+    if Path(source).is_dir():
+        return False
+    if Path(source).exists():
+        raise NotADirectoryError(f"{source}: expected the folder of a checkpoint, or a hub id, got a file")
+    if not isinstance(source, str) or not HUB_ID.fullmatch(source):
+        raise FileNotFoundError(f"{source}: no such folder, nor a hub id such as 'state-spaces/mamba-130m-hf'")
+    return True
+
+
+def download(source: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Downloads files of a repository, those it has, into the hub's cache and returns their folder.
+
+    Args:
+        source: the repository, "owner/name".
+        revision: branch, tag or commit; the main branch if None.
+        files: their names; nothing else is fetched.
+
+    Raises:
+        ImportError: huggingface_hub is not installed.
+        FileNotFoundError: no such repository or revision, or none that one may read.
+        ConnectionError: the hub cannot be reached, and the cache does not have the files.
+    """
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError as error:
+        raise ImportError(
+            f"{source}: no folder of this name is here, and to download it from the hub huggingface_hub is needed, "
+            "which is not installed: pip install 'linrnn[hf]'"
+        ) from error
+    at = source if revision is None else f"{source} at revision {revision!r}"
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
+    except errors.LocalEntryNotFoundError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ConnectionError(
+            f"{at}: no such folder is here, the hub cannot be reached, and its cache does not have it ({reason})"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{at}: neither a folder here nor on the hub; if it is private or gated, ask for access and log in "
+            f"with `hf auth login` ({str(error).splitlines()[0]})"
+        ) from error
