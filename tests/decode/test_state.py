@@ -1,5 +1,7 @@
 """States of every kind, cloned, picked, moved and counted."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 from linrnn import layers
 from linrnn.decode import state as states
+from linrnn.decode import state_types
 from linrnn.layers import LRUState
 from linrnn.models import LanguageModel, SequenceBackbone
 
@@ -199,3 +202,17 @@ def test_trim_takes_any_model() -> None:
     window = layers.build("attention", 16, window=8)
     state = window(torch.randn(2, 3, 16))[1]
     assert states.trim(state, window) is state and state.k.shape[1] == 7
+
+
+def test_the_docs_run(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "states.md").read_text(), re.S)
+    namespace: dict[str, Any] = {}
+    registered = state_types.known()
+    try:
+        for block in blocks:
+            exec(compile(block, "states.md", "exec"), namespace)
+    finally:
+        torch.set_grad_enabled(True)
+        for name in state_types.known().keys() - registered.keys():
+            state_types._GROWING.pop(state_types._REGISTERED.pop(name))
+    assert "with other weights" in capsys.readouterr().out
