@@ -1,6 +1,6 @@
 """Language models: embed, mix, predict the next token."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -146,6 +146,14 @@ class LanguageModel(Pretrained):
             return self.read_out(h), state
 
         return step
+
+    def generate(
+        self, ids: Tensor | Sequence[Tensor | Sequence[int]], max_new_tokens: int, **options: Any
+    ) -> Tensor | Iterator[Tensor]:
+        """Continues prompts ids (B, T), or a list of any lengths: `linrnn.decode.generate`, with all its options."""
+        from linrnn.decode.generation import generate  # decode imports models
+
+        return generate(self, ids, max_new_tokens, **options)
 
     def init_state(self, batch_size: int) -> State:
         """Returns the state before the first token, on the device and in the precision of the model."""
