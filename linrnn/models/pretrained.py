@@ -29,7 +29,7 @@ class Pretrained(nn.Module):
     A subclass sets `self.config = self.constructor_arguments(locals())` first thing in its constructor.
     """
 
-    Config: ClassVar[type]
+    Config: ClassVar[Any]
     config: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -73,11 +73,8 @@ class Pretrained(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().contiguous() for name, tensor in unique_tensors(self).items()}
-        written = write_weights(folder, tensors, max_shard_bytes)
+        write_weights(folder, tensors, max_shard_bytes)
         write_whole(folder / CONFIG, text.encode())
-        for path in folder.iterdir():
-            if WEIGHT_FILES.fullmatch(path.name) and path.name not in written:
-                path.unlink()  # of the checkpoint that was here
 
     def push_to_hub(
         self,
@@ -233,8 +230,8 @@ def fill_(model: nn.Module, saved: Mapping[str, Tensor], source: str) -> None:
             tensor.data = saved[name]  # keeps the parameter, so shared ones stay shared, and takes the saved dtype
 
 
-def write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[str]:
-    """Writes tensors to one safetensors file, or to several of that size and their index; returns the files' names."""
+def write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    """Writes tensors to one safetensors file, or to several of that size and an index, in place of those there."""
     from safetensors.torch import save_file
 
     shards: list[dict[str, Tensor]] = [{}]
@@ -250,14 +247,15 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: 
     for file, shard in zip(files, shards, strict=True):
         with replacing(folder / file) as temporary:
             save_file(shard, temporary, metadata={"format": "pt"})
-    if n == 1:
-        return files
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-        "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
-    }
-    write_whole(folder / INDEX, json.dumps(index, indent=2).encode())
-    return [*files, INDEX]
+    if n > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_whole(folder / INDEX, json.dumps(index, indent=2).encode())
+        files.append(INDEX)
+    for path in folder.iterdir():
+        if WEIGHT_FILES.fullmatch(path.name) and path.name not in files:
+            path.unlink()
 
 
 @contextmanager

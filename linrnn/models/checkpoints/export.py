@@ -3,16 +3,16 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from linrnn.layers.base import positive_int
 from linrnn.layers.mamba import Mamba
 from linrnn.layers.mamba2 import Mamba2
 from linrnn.models.checkpoints.names import renamed
 from linrnn.models.language import LanguageModel
-from linrnn.models.pretrained import CONFIG, WEIGHT_FILES, unique_tensors, write_weights, write_whole
+from linrnn.models.pretrained import CONFIG, unique_tensors, write_weights, write_whole
 
 MODELS = {"mamba": "MambaForCausalLM", "falcon_mamba": "FalconMambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}
 NAMES = {
@@ -63,13 +63,10 @@ def export_transformers(
         config[name] = value  # null too: transformers' own default would end every text at id 0
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    written = write_weights(folder, their_tensors(model), max_shard_bytes)
+    write_weights(folder, their_tensors(model), max_shard_bytes)
     write_whole(folder / CONFIG, json.dumps(config, indent=2).encode())
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
-    for path in folder.iterdir():
-        if WEIGHT_FILES.fullmatch(path.name) and path.name not in written:
-            path.unlink()  # of the model that was here
 
 
 def describe(model: LanguageModel) -> dict[str, Any]:
@@ -82,8 +79,8 @@ def describe(model: LanguageModel) -> dict[str, Any]:
         refuse(name, c[name], c[name] == value, repr(value))
     for name in ("embed_scale", "logit_soft_cap"):
         refuse(name, c[name], c[name] is None, "None")
-    eps = blocks[0].mixer_norm.eps
-    mixer = mixers[0]
+    eps = cast(nn.RMSNorm, blocks[0].mixer_norm).eps
+    mixer = cast(Mamba | Mamba2, mixers[0])
     fields = mamba_fields(mixer) if isinstance(mixer, Mamba) else mamba2_fields(mixer, eps)
     return {
         "architectures": [MODELS[fields["model_type"]]],
@@ -115,7 +112,7 @@ def mamba_fields(mixer: Mamba) -> dict[str, Any]:
     }
 
 
-def mamba2_fields(mixer: Mamba2, eps: float) -> dict[str, Any]:
+def mamba2_fields(mixer: Mamba2, eps: float | None) -> dict[str, Any]:
     refuse("norm_eps", mixer.norm.eps, mixer.norm.eps == eps, f"that of the blocks' norms, {eps},")
     limit = {}
     if mixer.dt_limit is not None:
