@@ -10,6 +10,7 @@ it was. Seeds come one after the other: the first is whole before the second beg
 """
 
 import argparse
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -176,4 +177,7 @@ def sample(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (FileNotFoundError, ValueError, DivergedError) as error:
+        sys.exit(f"error: {error}")

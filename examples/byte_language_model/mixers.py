@@ -25,7 +25,7 @@ def gau(d_model: int, n_layers: int) -> dict[str, Any]:
         kwargs = {"attention": "softmax_plus", "d_value": d_value}
         return {"mixer": "gau", "n_layers": 2 * n_layers, "mixer_kwargs": kwargs, "ffn": None}
 
-    return matched(arguments, d_model, n_layers, range(8, 4 * d_model, 2))
+    return matched(arguments, d_model, n_layers, range(3 * d_model // 2, 5 * d_model // 2, max(2, d_model // 48)))
 
 
 def gated_deltanet(d_model: int, n_layers: int) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def gated_deltanet(d_model: int, n_layers: int) -> dict[str, Any]:
             "mixer_kwargs": {"d_key": width, "d_value": width},
         }
 
-    return matched(arguments, d_model, n_layers, range(2, d_model, 2))
+    return matched(arguments, d_model, n_layers, range(2, d_model // 4 + 2, 2))
 
 
 def matched(arguments: Callable[[int], dict[str, Any]], d_model: int, n_layers: int, widths: range) -> dict[str, Any]:
