@@ -20,9 +20,9 @@ def language_model(mixer: Any, seed: int = 0, **kwargs: Any) -> LanguageModel:
     return LanguageModel(11, mixer=mixer, d_model=16, n_layers=2, **kwargs).double().eval()
 
 
-def number(ids: list[int]) -> int:
+def number(ids: list[int]) -> float:
     """Another one for every list of bits."""
-    return int("1" + "".join(map(str, ids)), 2)
+    return float(int("1" + "".join(map(str, ids)), 2))
 
 
 def some_state(n: float = 0.0, numbers: int = 4) -> tuple[torch.Tensor, ...]:
