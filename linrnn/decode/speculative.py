@@ -172,7 +172,8 @@ def prefilled(model: LanguageModel, prompts: Sequence[Tensor]) -> State:
 def extend(row: Row, tokens: Sequence[int]) -> bool:
     """Gives a row tokens up to its end; returns whether that is reached."""
     for token in tokens:
+        reason = row.ending(token)
         row.new.append(token)
-        if row.ended():
+        if reason is not None:
             return True
     return False
