@@ -8,7 +8,7 @@ import torch
 
 from linrnn.kernels import KernelUnavailable
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 CURE = "install a C++ compiler and reinstall linrnn (pip install --force-reinstall --no-deps --no-cache-dir linrnn)"
 
 

@@ -265,4 +265,4 @@ LINRNN_API void linrnn_use_runtime(void* parallel, void* num_threads, void* thre
                      reinterpret_cast<decltype(linrnn::Runtime::num_threads)>(num_threads),
                      reinterpret_cast<decltype(linrnn::Runtime::thread_num)>(thread_num)};
 }
-LINRNN_API int linrnn_abi_version() { return 5; }
+LINRNN_API int linrnn_abi_version() { return 6; }

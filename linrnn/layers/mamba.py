@@ -14,10 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, finite, positive_int
+from linrnn.layers.base import (
+    RecurrentLayer,
+    State,
+    StateSpec,
+    StepFn,
+    accumulation_dtype,
+    blank_padding,
+    finite,
+    positive_int,
+)
+from linrnn.layers.frozen import CannotEmit, compiled_step, linear, plain
 from linrnn.layers.short_conv import ShortConv
 from linrnn.layers.time_step import check_time_steps, dt_bias_
 from linrnn.ops import selective_scan
+from linrnn.ops.step_program import Ref, StepProgram
 
 NORM_EPS = 1e-6  # FalconMamba's
 
@@ -145,6 +156,35 @@ class Mamba(RecurrentLayer):
         h = (Δ.mT * self.A()).exp() * state.ssm + (Δ * x).mT * B.to(wide)  # (B, d_inner, N)
         y = ((h * C).sum(-1)[:, None] + self.D * x) * F.silu(z.to(wide))
         return self.out_proj(y.to(x.dtype))[:, 0], MambaState(conv, h)
+
+    def frozen_step(self) -> StepFn:
+        return compiled_step(self, self.d_model, self.init_state) or super().frozen_step()
+
+    def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
+        """Writes the step into a program; see `linrnn.layers.frozen`."""
+        plain(self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj)
+        if any(type(m) is not nn.Linear for m in (self.in_proj, self.x_proj, self.dt_proj)):
+            raise CannotEmit
+        weights = self.in_proj.weight.chunk(2)
+        biases = (None, None) if self.in_proj.bias is None else self.in_proj.bias.chunk(2)
+        u = program.linear(x, weights[0], biases[0])
+        u = program.conv(u, self.conv1d.weight, self.conv1d.bias, activation="silu", local=True)
+        z = program.linear(x, weights[1], biases[1], local=True)
+        selected = program.linear(u, self.x_proj.weight)
+        δ, B, C = (
+            selected.columns(start, width)
+            for start, width in (
+                (0, self.dt_rank),
+                (self.dt_rank, self.d_state),
+                (self.dt_rank + self.d_state, self.d_state),
+            )
+        )
+        if self.bcdt_norm:
+            for part in (δ, B, C):
+                program.norm(part, None, eps=NORM_EPS, out=part)
+        dt = program.linear(δ, self.dt_proj.weight, self.dt_proj.bias)
+        y = program.selective(u, dt, self.A(), B, C, self.D, z, local=True)
+        linear(program, y, self.out_proj, out=out, add=add)
 
     def A(self) -> Tensor:
         """Returns A (d_inner, N), at least float32."""

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, accumulation_dtype, blank_padding, finite, positive_int
+from linrnn.layers.base import RecurrentLayer, State, StepFn, accumulation_dtype, blank_padding, finite, positive_int
+from linrnn.layers.frozen import compiled_step
 from linrnn.ops import diagonal_scan
+from linrnn.ops.step_program import Ref, StepProgram
 
 
 class RingRNN(RecurrentLayer):
@@ -85,6 +87,17 @@ class RingRNN(RecurrentLayer):
         if self.D is not None:
             y = y + self.D * x
         return y, final
+
+    def frozen_step(self) -> StepFn:
+        return (self.causal and compiled_step(self, self.d_model, self.init_state)) or super().frozen_step()
+
+    def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
+        """Writes the step into a program; see `linrnn.layers.frozen`."""
+        λ = self.eigenvalues()
+        γ = self.gamma_log.to(λ.real.dtype).exp()
+        u = program.linear(x, self.B.flatten(0, -2), unit=math.prod(self.pair))
+        h = program.diagonal(u, λ, γ, local=True)
+        program.linear(h, self.C.flatten(1), out=out, add=add, gain=self.D, gained=None if self.D is None else x)
 
     def scan(
         self,

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from linrnn import layers
 from linrnn.layers.base import RecurrentLayer, State, StepFn, blank_padding, finite, positive_int
+from linrnn.layers.frozen import CannotEmit, compiled_step, emit
+from linrnn.layers.frozen import norm as emit_norm
 from linrnn.models.ffn import build_ffn
+from linrnn.ops.step_program import Ref, StepProgram
 
 
 class SequenceBackbone(RecurrentLayer):
@@ -102,6 +105,9 @@ class SequenceBackbone(RecurrentLayer):
 
     def frozen_step(self) -> StepFn:
         self.require_causal("frozen_step")
+        whole = compiled_step(self, self.d_model, self.init_state)
+        if whole is not None:
+            return whole
         steps = [cast(Block, block).frozen_step() for block in self.blocks]
 
         def step(x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -112,6 +118,21 @@ class SequenceBackbone(RecurrentLayer):
             return self.norm(x), tuple(after)
 
         return step
+
+    def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
+        """Writes the step into a program; see `linrnn.layers.frozen`."""
+        if add is not None:
+            raise CannotEmit
+        stream = program.buffer(self.d_model)
+        prenorm = not isinstance(self.norm, nn.Identity)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            mark = program.mark()
+            emit(block, program, x, out if i == last and not prenorm else stream, None)
+            program.recycle(mark)
+            x = stream
+        if prenorm:
+            emit_norm(program, stream, self.norm, out)
 
     @property
     def state_size(self) -> int | None:
@@ -173,6 +194,10 @@ class Block(nn.Module):
 
     def frozen_step(self) -> StepFn:
         """Returns the step of `RecurrentLayer.frozen_step` for the whole block."""
+        mixer_layer = cast(RecurrentLayer, self.mixer)
+        whole = compiled_step(self, mixer_layer.d_model, self.init_state)
+        if whole is not None:
+            return whole
         mixer = cast(RecurrentLayer, self.mixer).frozen_step()
         if not isinstance(self.ffn, RecurrentLayer):
 
@@ -190,6 +215,21 @@ class Block(nn.Module):
             return self.add_fed(x, y), BlockState(after, ffn_after)
 
         return step_both
+
+    def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
+        """Writes the step into a program; see `linrnn.layers.frozen`."""
+        if add is not None or (self.training and self.dropout.p):
+            raise CannotEmit
+        for part, part_norm in ((self.mixer, self.mixer_norm), (self.ffn, self.ffn_norm)):
+            if part is None:
+                continue
+            if self.prenorm:
+                emit(part, program, emit_norm(program, x, part_norm), out, x)
+            else:
+                mixed = program.buffer(out.width)
+                emit(part, program, x, mixed, x)
+                emit_norm(program, mixed, part_norm, out)
+            x = out
 
     def init_state(self, batch_size: int) -> State:
         """Returns the state before the first token."""

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from linrnn.layers.base import RecurrentLayer, positive_int
 from linrnn.layers.channel_mix import ChannelMix
+from linrnn.layers.frozen import CannotEmit, linear, plain
+from linrnn.ops.step_program import Ref, StepProgram
 
 
 class GatedFFN(nn.Module):
@@ -45,6 +47,23 @@ class GatedFFN(nn.Module):
         gate, value = self.gate_in(x).chunk(2, -1)
         return self.out(self.activation(gate) * value)
 
+    def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
+        """Writes the network into a program; see `linrnn.layers.frozen`."""
+        name = next((name for name, function in ACTIVATIONS.items() if function is self.activation), None)
+        plain(self.gate_in)
+        if name is None or type(self.gate_in) is not nn.Linear:
+            raise CannotEmit
+        weights = self.gate_in.weight.chunk(2)
+        biases = (None, None) if self.gate_in.bias is None else self.gate_in.bias.chunk(2)
+        gate = program.linear(x, weights[0], biases[0])
+        value = program.linear(x, weights[1], biases[1], local=True)
+        y = program.gate(gate, value, activation=name, out=gate, local=True)
+        linear(program, y, self.out, out=out, add=add)
+
+
+# under the names they have in `StepProgram`
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": partial(F.gelu, approximate="tanh")}
+
 
 def build_ffn(name: str | None, d_model: int, expand: float, kwargs: Mapping[str, Any]) -> nn.Module | None:
     """Builds the network called "swiglu", "geglu" or "channel_mix"; None builds none.
@@ -70,7 +89,7 @@ def channel_mix(d_model: int, expand: float, d_hidden: int | None = None) -> Rec
 
 FFNS: dict[str | None, tuple[Callable[..., nn.Module | None], tuple[str, ...]]] = {
     "swiglu": (GatedFFN, ("bias", "d_hidden")),
-    "geglu": (partial(GatedFFN, activation=partial(F.gelu, approximate="tanh")), ("bias", "d_hidden")),
+    "geglu": (partial(GatedFFN, activation=ACTIVATIONS["gelu"]), ("bias", "d_hidden")),
     "channel_mix": (channel_mix, ("d_hidden",)),
     None: (lambda d_model, expand: None, ()),
 }

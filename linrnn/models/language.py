@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from linrnn.layers.base import State, StepFn, describe, finite, positive_int
+from linrnn.layers.frozen import compiled_step, emit, linear
 from linrnn.models.backbone import SequenceBackbone, build_norm
 from linrnn.models.pretrained import Pretrained
 from linrnn.models.tokens import check_ids, embed_ids
+from linrnn.ops.step_program import Ref, StepProgram
 
 
 class LanguageModel(Pretrained):
@@ -126,7 +128,10 @@ class LanguageModel(Pretrained):
 
     def read_out(self, h: Tensor) -> Tensor:
         """Maps features (..., D) to logits (..., V)."""
-        logits = self.head(h)
+        return self.capped(self.head(h))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Bounds logits by the soft cap, if the model has one."""
         c = self.logit_soft_cap
         return logits if c is None else c * torch.tanh(logits / c)
 
@@ -139,13 +144,30 @@ class LanguageModel(Pretrained):
 
     def frozen_step(self) -> StepFn:
         """Returns a function that does what `step` does, for inference at speed; see `RecurrentLayer.frozen_step`."""
+        whole = compiled_step(self, self.backbone.d_model, self.init_state, self.vocab_size)
+        if whole is not None:
+
+            def step_at_once(ids_t: Tensor, state: State) -> tuple[Tensor, State]:
+                with torch.no_grad():
+                    logits, state = whole(self.prepare(self.embed(ids_t)), state)
+                    return self.capped(logits), state
+
+            return step_at_once
         backbone = self.backbone.frozen_step()
+        head = compiled_step(self.head, self.backbone.d_model, lambda _: (), self.vocab_size)
 
         def step(ids_t: Tensor, state: State) -> tuple[Tensor, State]:
             h, state = backbone(self.prepare(self.embed(ids_t)), state)
-            return self.read_out(h), state
+            logits = self.head(h) if head is None else head(h, ())[0]
+            return self.capped(logits), state
 
         return step
+
+    def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
+        """Writes what is between embeddings and logits into a program; see `linrnn.layers.frozen`."""
+        features = program.buffer(self.backbone.d_model)
+        emit(self.backbone, program, x, features, add)
+        linear(program, features, self.head, out=out)
 
     def generate(
         self, ids: Tensor | Sequence[Tensor | Sequence[int]], max_new_tokens: int, **options: Any

@@ -1,0 +1,373 @@
+// One step of decoding: a short list of operations on B rows (a layer's, a block's or a whole model's), run by all
+// threads together from one call. At batch 1 a step lasts as long as reading the weights does, some tens of
+// microseconds a matrix, so what is around them has to cost next to nothing: no call, no allocation and no team of
+// threads for each operation, a spinning barrier between those that exchange channels.
+//
+// Every number of row b is computed in an order that does not depend on B, nor on what the other rows hold.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "exponential.h"
+#include "lanes.h"
+#include "parallel.h"
+#include "rows.h"
+
+// Numbers of a row: slots[slot] + B * offset + column + b * stride. A slot below zero is an absent argument.
+struct LinrnnStepRef {
+  int64_t slot, offset, column, stride;
+};
+
+// 47 words of 8 bytes. What `refs`, `constants`, `size` and `option` hold is said at each operation below.
+struct LinrnnStepOp {
+  int64_t kind, barrier, outputs, unit, size, option;
+  double eps;
+  LinrnnStepRef refs[9];
+  const float* constants[4];
+};
+
+namespace linrnn {
+namespace step {
+
+using Op = LinrnnStepOp;
+using E = Exponential<float>;
+
+// `barrier` is whether an operation waits for all threads. Those that do not, run on channels that the same thread has
+// written: channels are dealt out by `outputs` and `unit` alone.
+enum Kind : int64_t { LINEAR, NORM, CONV, SELECTIVE, DIAGONAL, GATE, RGLRU };
+enum Activation : int64_t { IDENTITY, SILU, GELU_TANH };
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr int64_t kGranule = 8;  // units of channels: a vector, so that no cut of the work moves a lane
+
+struct Frame {
+  float* const* slots;
+  int64_t B;
+  int index, count;
+
+  float* at(const LinrnnStepRef& r, int64_t b) const {
+    return r.slot < 0 ? nullptr : slots[r.slot] + B * r.offset + r.column + b * r.stride;
+  }
+  // This thread's part of n units.
+  void part(int64_t n, int64_t& begin, int64_t& end) const {
+    const int64_t granules = (n + kGranule - 1) / kGranule;
+    begin = std::min(n, granules * index / count * kGranule);
+    end = std::min(n, granules * (index + 1) / count * kGranule);
+  }
+};
+
+inline float exponential(float x) { return E::growth(x * kLog2e); }
+inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+template <int64_t ACT>
+inline float activated(float x) {
+  if constexpr (ACT == SILU) return x * sigmoid(x);
+  if constexpr (ACT == GELU_TANH) return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
+  return x;
+}
+
+// log(1 + exp(x)) = max(x, 0) + log1p(e) with e = exp(-|x|), and log1p(e) = 2 artanh(e / (2 + e)), an odd series.
+inline float softplus(float x) {
+  const float e = exponential(-std::fabs(x)), s = e / (2.0f + e), q = s * s;
+  float p = 1.0f / 17;
+  p = p * q + 1.0f / 15;
+  p = p * q + 1.0f / 13;
+  p = p * q + 1.0f / 11;
+  p = p * q + 1.0f / 9;
+  p = p * q + 1.0f / 7;
+  p = p * q + 1.0f / 5;
+  p = p * q + 1.0f / 3;
+  p = p * q + 1.0f;
+  return (x < 0 ? 0.0f : x) + 2.0f * s * p;
+}
+
+// exp(x) - 1 for x <= 0, by its series where the difference would cancel.
+inline float expm1_of_negative(float x) {
+  float p = 1.0f / 5040;
+  p = p * x + 1.0f / 720;
+  p = p * x + 1.0f / 120;
+  p = p * x + 1.0f / 24;
+  p = p * x + 1.0f / 6;
+  p = p * x + 0.5f;
+  p = p * x + 1.0f;
+  return x > -0.35f ? p * x : exponential(x) - 1.0f;
+}
+
+// ---- y = W x (+ bias) (+ gain * g) (+ a): refs x, y, a, g; constants W (N, D), bias, gain; size D ----
+
+// Sums of ROWS rows of x with COLS adjacent rows of W. Each has sixteen lanes of its own, whatever ROWS and COLS are.
+// The first to read these rows of W fetches as many AHEAD: the hardware's own prefetching is half as fast.
+template <int ROWS, int COLS, bool AHEAD>
+inline void dot(const float* const (&x)[ROWS], const float* const (&w)[COLS], int64_t D, float (&y)[ROWS][COLS]) {
+  Lanes low[ROWS][COLS] = {}, high[ROWS][COLS] = {};
+  const auto advance = [&](const float* const (&x)[ROWS], const float* const (&w)[COLS], int64_t k) {
+    for (int j = 0; j < COLS; ++j) {
+      const Lanes w0 = lanes(w[j] + k), w1 = lanes(w[j] + k + 8);
+      for (int i = 0; i < ROWS; ++i) {
+        low[i][j] = times_plus(w0, lanes(x[i] + k), low[i][j]);
+        high[i][j] = times_plus(w1, lanes(x[i] + k + 8), high[i][j]);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + 16 <= D; k += 16) {
+    if (AHEAD)
+      for (int j = 0; j < COLS; ++j) LINRNN_PREFETCH(w[0] + COLS * (D + k) + 16 * j);
+    advance(x, w, k);
+  }
+  if (k < D) {  // the rest, filled up with zeros
+    float x_rest[ROWS][16] = {}, w_rest[COLS][16] = {};
+    const float *x_at[ROWS], *w_at[COLS];
+    for (int i = 0; i < ROWS; ++i) std::copy(x[i] + k, x[i] + D, x_rest[i]), x_at[i] = x_rest[i];
+    for (int j = 0; j < COLS; ++j) std::copy(w[j] + k, w[j] + D, w_rest[j]), w_at[j] = w_rest[j];
+    advance(x_at, w_at, 0);
+  }
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < COLS; ++j) y[i][j] = sum(plus(low[i][j], high[i][j]));
+}
+
+template <int ROWS, int COLS, bool AHEAD>
+void linear_tile(const Op& op, const Frame& f, int64_t b, int64_t n) {
+  const float *x[ROWS], *w[COLS], *bias = op.constants[1], *gain = op.constants[2];
+  float y[ROWS][COLS];
+  for (int i = 0; i < ROWS; ++i) x[i] = f.at(op.refs[0], b + i);
+  for (int j = 0; j < COLS; ++j) w[j] = op.constants[0] + (n + j) * op.size;
+  dot<ROWS, COLS, AHEAD>(x, w, op.size, y);
+  for (int i = 0; i < ROWS; ++i) {
+    float* to = f.at(op.refs[1], b + i) + n;
+    const float *a = f.at(op.refs[2], b + i), *g = f.at(op.refs[3], b + i);
+    for (int j = 0; j < COLS; ++j) {
+      float v = y[i][j];
+      if (bias) v += bias[n + j];
+      if (gain) v += gain[n + j] * g[n + j];
+      if (a) v += a[n + j];
+      to[j] = v;
+    }
+  }
+}
+
+template <int COLS>
+void linear_columns(const Op& op, const Frame& f, int64_t n0, int64_t n1) {
+  int64_t b = 0;
+  const auto strip = [&](auto rows) {
+    constexpr int ROWS = decltype(rows)::value;
+    for (int64_t n = n0; n < n1; n += COLS) {
+      if (b == 0) linear_tile<ROWS, COLS, true>(op, f, b, n);
+      else linear_tile<ROWS, COLS, false>(op, f, b, n);
+    }
+    b += ROWS;
+  };
+  while (f.B - b >= 3) strip(std::integral_constant<int, 3>{});
+  if (f.B - b == 2) strip(std::integral_constant<int, 2>{});
+  if (f.B - b == 1) strip(std::integral_constant<int, 1>{});
+}
+
+void linear(const Op& op, const Frame& f) {
+  constexpr int64_t kBlock = 4;  // rows of W that stay in L1 while the rows of x go by
+  int64_t n, end;
+  f.part(op.outputs / op.unit, n, end);
+  n *= op.unit, end *= op.unit;
+  for (; n + 2 <= end;) {
+    const int64_t next = std::min(n + kBlock, end - (end - n) % 2);
+    linear_columns<2>(op, f, n, next);
+    n = next;
+  }
+  if (n < end) linear_columns<1>(op, f, n, end);
+}
+
+// ---- y = x / rms(x) * weight, or (x - mean) / deviation * weight + bias: refs x, y; constants weight, bias (or none);
+// outputs 1; size D; option: 0 for the root mean square, 1 for the layer norm; eps. A thread takes whole rows. ----
+
+void norm(const Op& op, const Frame& f) {
+  const int64_t D = op.size;
+  const float *weight = op.constants[0], *bias = op.constants[1];
+  for (int64_t b = f.index; b < f.B; b += f.count) {
+    const float* x = f.at(op.refs[0], b);
+    float* y = f.at(op.refs[1], b);
+    const auto mean_of = [&](auto number) {
+      float partial[16] = {};
+      int64_t k = 0;
+      for (; k + 16 <= D; k += 16)
+        for (int i = 0; i < 16; ++i) partial[i] += number(x[k + i]);
+      for (int i = 0; k < D; ++k, ++i) partial[i] += number(x[k]);
+      double total = 0;
+      for (int i = 0; i < 16; ++i) total += partial[i];
+      return float(total / double(D));
+    };
+    const float mean = op.option ? mean_of([](float v) { return v; }) : 0.0f;
+    const float power = mean_of([mean](float v) { return (v - mean) * (v - mean); });
+    const float scale = 1.0f / std::sqrt(power + float(op.eps));
+    LINRNN_INDEPENDENT
+    for (int64_t k = 0; k < D; ++k) y[k] = (x[k] - mean) * scale;
+    if (weight)
+      for (int64_t k = 0; k < D; ++k) y[k] *= weight[k];
+    if (bias)
+      for (int64_t k = 0; k < D; ++k) y[k] += bias[k];
+  }
+}
+
+// ---- The short convolution: refs x, y, the last W - 1 inputs before and after; constants W filters of length D, as
+// rows, and bias; size W; option: the activation. ----
+
+template <int64_t ACT>
+void conv(const Op& op, const Frame& f) {
+  int64_t d0, d1;
+  f.part(op.outputs, d0, d1);
+  const int64_t D = op.outputs, past = op.size - 1;
+  const float *filters = op.constants[0], *bias = op.constants[1];
+  for (int64_t b = 0; b < f.B; ++b) {
+    const float *x = f.at(op.refs[0], b), *before = f.at(op.refs[2], b);
+    float *y = f.at(op.refs[1], b), *after = f.at(op.refs[3], b);
+    LINRNN_INDEPENDENT
+    for (int64_t d = d0; d < d1; ++d) y[d] = filters[past * D + d] * x[d] + (bias ? bias[d] : 0.0f);
+    for (int64_t w = 0; w < past; ++w) {
+      const float* next = w + 1 < past ? before + (w + 1) * D : x;
+      LINRNN_INDEPENDENT
+      for (int64_t d = d0; d < d1; ++d) {
+        y[d] += filters[w * D + d] * before[w * D + d];
+        after[w * D + d] = next[d];
+      }
+    }
+    LINRNN_INDEPENDENT
+    for (int64_t d = d0; d < d1; ++d) y[d] = activated<ACT>(y[d]);
+  }
+}
+
+// ---- Mamba's S6: h = exp(dt A) h + dt x B, y = (C h + D x) silu(z), dt = softplus(refs[1]): refs x, dt, B, C, z, y,
+// h before and after, scratch for dt; constants log2(e) A (D, N) and D; size N. ----
+
+// `count` states of a channel, at most eight; `products` are their contributions to y.
+inline void advance(int count, const float* A, const float* B, const float* C, const float* before, float* after,
+                    float dt, float u, float* products) {
+  LINRNN_INDEPENDENT
+  for (int n = 0; n < count; ++n) {
+    const float h = E::growth(dt * A[n]) * before[n] + u * B[n];
+    after[n] = h;
+    products[n] = h * C[n];
+  }
+}
+
+void selective(const Op& op, const Frame& f) {
+  int64_t d0, d1;
+  f.part(op.outputs, d0, d1);
+  const int64_t N = op.size;
+  const float *A = op.constants[0], *skip = op.constants[1];
+  for (int64_t b = 0; b < f.B; ++b) {
+    const float *x = f.at(op.refs[0], b), *logit = f.at(op.refs[1], b), *B = f.at(op.refs[2], b);
+    const float *C = f.at(op.refs[3], b), *z = f.at(op.refs[4], b), *before = f.at(op.refs[6], b);
+    float *y = f.at(op.refs[5], b), *after = f.at(op.refs[7], b), *dt = f.at(op.refs[8], b);
+    LINRNN_INDEPENDENT
+    for (int64_t d = d0; d < d1; ++d) dt[d] = softplus(logit[d]);
+    for (int64_t d = d0; d < d1; ++d) {
+      const float u = dt[d] * x[d];
+      Lanes read = {};
+      int64_t n = 0;
+      for (; n + 8 <= N; n += 8) {
+        const int64_t i = d * N + n;
+        float products[8];
+        advance(8, A + i, B + n, C + n, before + i, after + i, dt[d], u, products);
+        read = plus(read, lanes(products));
+      }
+      if (n < N) {
+        const int64_t i = d * N + n;
+        float products[8] = {};
+        advance(int(N - n), A + i, B + n, C + n, before + i, after + i, dt[d], u, products);
+        read = plus(read, lanes(products));
+      }
+      y[d] = sum(read);
+    }
+    LINRNN_INDEPENDENT
+    for (int64_t d = d0; d < d1; ++d) y[d] = (y[d] + skip[d] * x[d]) * activated<SILU>(z[d]);
+  }
+}
+
+// ---- h = a h + gain u: refs u, h before and after; constants a, gain; option: 1 where a and u and h are complex. ----
+
+void diagonal(const Op& op, const Frame& f) {
+  int64_t d0, d1;
+  f.part(op.outputs, d0, d1);
+  const float *a = op.constants[0], *gain = op.constants[1];
+  for (int64_t b = 0; b < f.B; ++b) {
+    const float *u = f.at(op.refs[0], b), *before = f.at(op.refs[1], b);
+    float* after = f.at(op.refs[2], b);
+    if (op.option) {
+      LINRNN_INDEPENDENT
+      for (int64_t d = d0; d < d1; ++d) {
+        const float re = a[2 * d], im = a[2 * d + 1], h = before[2 * d], i = before[2 * d + 1];
+        after[2 * d] = (re * h - im * i) + gain[d] * u[2 * d];
+        after[2 * d + 1] = (re * i + im * h) + gain[d] * u[2 * d + 1];
+      }
+    } else {
+      LINRNN_INDEPENDENT
+      for (int64_t d = d0; d < d1; ++d) after[d] = a[d] * before[d] + gain[d] * u[d];
+    }
+  }
+}
+
+// ---- y = act(x) * value (+ a): refs x, y, value, a, the last two if any; option: the activation. ----
+
+template <int64_t ACT>
+void gate(const Op& op, const Frame& f) {
+  int64_t d0, d1;
+  f.part(op.outputs, d0, d1);
+  for (int64_t b = 0; b < f.B; ++b) {
+    const float *x = f.at(op.refs[0], b), *value = f.at(op.refs[2], b), *a = f.at(op.refs[3], b);
+    float* y = f.at(op.refs[1], b);
+    LINRNN_INDEPENDENT
+    for (int64_t d = d0; d < d1; ++d) {
+      const float v = activated<ACT>(x[d]), w = value ? v * value[d] : v;
+      y[d] = a ? w + a[d] : w;
+    }
+  }
+}
+
+// ---- The real-gated LRU: h = a h + sqrt(1 - a^2) i x, a = exp(rate * sigmoid(r)), i = sigmoid(i'), and h = i x where
+// its document has not begun: refs x, r, i', h before and after, begun before and after; constant: rate, below 0. ----
+
+void rglru(const Op& op, const Frame& f) {
+  int64_t d0, d1;
+  f.part(op.outputs, d0, d1);
+  const float* rate = op.constants[0];
+  for (int64_t b = 0; b < f.B; ++b) {
+    const float *x = f.at(op.refs[0], b), *r = f.at(op.refs[1], b), *i = f.at(op.refs[2], b);
+    const float *before = f.at(op.refs[3], b), begun = *f.at(op.refs[5], b);
+    float* after = f.at(op.refs[4], b);
+    LINRNN_INDEPENDENT
+    for (int64_t d = d0; d < d1; ++d) {
+      const float log_a = rate[d] * sigmoid(r[d]), input = sigmoid(i[d]) * x[d];
+      const float kept = exponential(log_a) * before[d] + std::sqrt(-expm1_of_negative(2 * log_a)) * input;
+      after[d] = begun != 0 ? kept : input;
+    }
+    if (f.index == 0) *f.at(op.refs[6], b) = 1;
+  }
+}
+
+void run(const Op& op, const Frame& f) {
+  switch (op.kind) {
+    case LINEAR: return linear(op, f);
+    case NORM: return norm(op, f);
+    case CONV: return op.option == SILU ? conv<SILU>(op, f) : conv<IDENTITY>(op, f);
+    case SELECTIVE: return selective(op, f);
+    case DIAGONAL: return diagonal(op, f);
+    case GATE:
+      return op.option == SILU ? gate<SILU>(op, f) : op.option == GELU_TANH ? gate<GELU_TANH>(op, f) : gate<IDENTITY>(op, f);
+    case RGLRU: return rglru(op, f);
+  }
+}
+
+}  // namespace step
+}  // namespace linrnn
+
+// Runs the operations on B rows. `slots` are the memory that their refs name.
+LINRNN_API void linrnn_step(const LinrnnStepOp* ops, int64_t n_ops, float* const* slots, int64_t B, int64_t threads) {
+  using namespace linrnn;
+  SpinBarrier barrier;
+  run_parallel(int(threads), [&](int index, int count) {
+    KernelScope scope;
+    const step::Frame frame{slots, B, index, count};
+    for (int64_t k = 0; k < n_ops; ++k) {
+      if (ops[k].barrier && k && count > 1) barrier.wait(count);
+      step::run(ops[k], frame);
+    }
+  });
+}
