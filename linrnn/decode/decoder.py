@@ -144,7 +144,7 @@ class Decoder:
     def step(self) -> list[Event]:
         """Gives every sequence one more token, those that enter included; nothing if there is none.
 
-        A call that fails or is interrupted leaves the sequences as they were: `retire` takes one out that cannot go on.
+        A call that fails leaves the sequences as they were; `retire` takes one out that cannot go on.
 
         Raises:
             ValueError: logits that are NaN, inf or all -inf; the message has the sequence and the token.
@@ -183,31 +183,39 @@ class Decoder:
 
     def _commit(self, rows: list[Row], entering: list[Row], tokens: list[int], state: State) -> list[Event]:
         """Writes down the tokens and takes those out that have ended."""
-        self._queue = self._queue[len(entering) :]
-        events, staying = [], []
-        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        for row, token in zip(rows, tokens, strict=True):
             row.new.append(token)
+        try:
+            reasons = [row.ended() for row in rows]
+            staying = [i for i, reason in enumerate(reasons) if reason is None]
+            after = state if len(staying) == len(rows) else self._pick(state, staying)
+            own = {i: self._kept(row, i, len(rows), state) for i, row in enumerate(rows) if reasons[i] is not None}
+        except BaseException:  # out of memory
+            for row in rows:
+                row.new.pop()
+            raise
+        self._queue, self._rows, self._state = self._queue[len(entering) :], [rows[i] for i in staying], after
+        events = []
+        for i, (row, token, reason) in enumerate(zip(rows, tokens, reasons, strict=True)):
             row.state = None  # it is in the batch now
             if row.seen is not None:
                 row.seen[token] = True
-            reason = row.ended()
+            if reason is not None:
+                self._end(row, own[i], reason)
             events.append(Event(row.sequence, token, reason is not None, reason))
-            if reason is None:
-                staying.append(i)
-            else:
-                self._end(row, i, len(rows), state, reason)
-        self._rows = [rows[i] for i in staying]
-        self._state = state if len(staying) == len(rows) else self._pick(state, staying)
         return events
 
-    def _end(self, row: Row, i: int, n: int, state: State, reason: str) -> None:
-        """Keeps what `retire` returns of row i of n."""
-        own = None
-        if row.keep_state or (self.prefix_cache is not None and row.from_start):
-            own = state if n == 1 else self._pick(state, [i])
+    def _kept(self, row: Row, i: int, n: int, state: State) -> State:
+        """Returns the state of row i of n, if somebody wants it."""
+        if not row.keep_state and (self.prefix_cache is None or not row.from_start):
+            return None
+        return state if n == 1 else self._pick(state, [i])
+
+    def _end(self, row: Row, state: State, reason: str) -> None:
+        """Keeps what `retire` returns, and gives the cache its part."""
+        self._ended[row.sequence] = row, state if row.keep_state else None, reason
         if self.prefix_cache is not None and row.from_start:
-            self.prefix_cache.put(row.tokens()[:-1], own)
-        self._ended[row.sequence] = row, own if row.keep_state else None, reason
+            self.prefix_cache.put(row.tokens()[:-1], state)
 
     def _pick(self, state: State, rows: list[int]) -> State:
         """Returns the state of some rows, without columns that growing caches had for others; None for none."""
@@ -225,10 +233,12 @@ class Decoder:
         for i, row in enumerate(self._rows):
             if row.sequence == sequence:
                 with torch.inference_mode():
-                    self._end(row, i, len(self._rows), self._state, "retired")
+                    own = self._kept(row, i, len(self._rows), self._state)
                     keep = [j for j in range(len(self._rows)) if j != i]
                     self._state = self._pick(self._state, keep)
-                self._rows = [self._rows[j] for j in keep]
+                    self._rows = [self._rows[j] for j in keep]
+                    self._end(row, own, "retired")
+                break
         for row in self._queue:
             if row.sequence == sequence:
                 self._ended[sequence] = row, row.state if row.keep_state else None, "retired"
