@@ -55,11 +55,12 @@ PRESETS = {
         n_layers=1,
         lengths=(16, 64),
         batch_bytes=512,
-        cell_bytes=25_600,
+        cell_bytes=20_480,
         rates=(1e-2,),
         trial_bytes=5_120,
         test_bytes=4_096,
-        validation_bytes=2_048,
+        validation_bytes=1_024,
+        evaluations=4,
     ),
 }
 

@@ -7,6 +7,7 @@ two layers for each block and no feed-forward network.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from linrnn.layers.heads import count_heads
 from linrnn.models import LanguageModel, count_params, match_params
 
 VOCABULARY = 256
@@ -38,7 +39,8 @@ def gated_deltanet(d_model: int, n_layers: int) -> dict[str, Any]:
             "mixer_kwargs": {"d_key": width, "d_value": width},
         }
 
-    return matched(arguments, d_model, n_layers, range(2, d_model // 4 + 2, 2))
+    widest = d_model // count_heads(d_model, None, d_model)
+    return matched(arguments, d_model, n_layers, range(widest // 2, widest + 1, 2))
 
 
 def matched(arguments: Callable[[int], dict[str, Any]], d_model: int, n_layers: int, widths: range) -> dict[str, Any]:

@@ -237,7 +237,7 @@ def test_reports_compare_whole_seeds_of_one_setting(tmp_path):
         (text(), ["--lengths", "16", "24"], r"lengths: expected divisors of the longest, >= 1, got \(16, 24\)"),
         (text(), ["--lengths", "0"], r"lengths: expected divisors"),
         (text(), ["--batch-bytes", "100"], r"batch_bytes: expected a multiple of 64, got 100"),
-        (text(), ["--cell-bytes", "100"], r"cell_bytes: expected at least 5120 \(10 steps\), got 100"),
+        (text(), ["--cell-bytes", "100"], r"cell_bytes: expected at least 2048 \(4 steps\), got 100"),
         (text(), ["--rates", "-1"], r"rates: expected learning rates > 0, got \(-1\.0,\)"),
     ],
 )
