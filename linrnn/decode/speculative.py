@@ -172,8 +172,7 @@ def prefilled(model: LanguageModel, prompts: Sequence[Tensor]) -> State:
 def extend(row: Row, tokens: Sequence[int]) -> bool:
     """Gives a row tokens up to its end; returns whether that is reached."""
     for token in tokens:
-        reason = row.ending(token)
         row.new.append(token)
-        if reason is not None:
+        if row.ended() is not None:
             return True
     return False
