@@ -111,7 +111,7 @@ class LinRNNConfig(PreTrainedConfig):
     """
 
     model_type = "linrnn"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
 
     arguments: dict | None = None
     format: int = FORMAT
