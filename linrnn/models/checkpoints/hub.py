@@ -51,12 +51,17 @@ def download(source: str, revision: str | None, files: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
     except errors.LocalEntryNotFoundError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise ConnectionError(
             f"{at}: no such folder is here, the hub cannot be reached, and its cache does not have it ({reason})"
         ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise FileNotFoundError(
             f"{at}: neither a folder here nor on the hub; if it is private or gated, ask for access and log in "
-            f"with `hf auth login` ({str(error).splitlines()[0]})"
+            f"with `hf auth login` ({first_line(error)})"
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Returns what an error says, without its advice, or its name."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -3,10 +3,10 @@
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,24 +71,21 @@ def load_pretrained(
         folder = Path(source)
     config = read_json(folder / CONFIG)
     family, config = find_family(config, folder / CONFIG)
+    # what a config asks for is known to be right before gigabytes are downloaded
+    arguments = {} if family is None else translated(family.arguments, config, source=folder / CONFIG)
+    model = None if family is None else skeleton(arguments, folder)
     if remote:  # at the same commit, also if the branch has moved since
         download(str(source), folder.name, weight_files(folder))
-    if family is None:
+    if family is None or model is None:
         model = LanguageModel.from_pretrained(folder)
         model = model.to(device=device, dtype=dtype or accumulation_dtype(model.embed.weight.dtype))
     else:
-        try:
-            arguments = family.arguments(config)
-        except ValueError as error:
-            raise ValueError(f"{folder / CONFIG}: {error}") from error
-        saved = read_tensors(folder, weight_files(folder))
-        try:
-            saved = family.tensors(saved, config)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
-        untie(arguments, saved, folder)
-        model = build(arguments, saved, folder, dtype or common_dtype(saved), device)
-    model.tokenizer = read_tokenizer(folder)
+        saved = translated(family.tensors, read_tensors(folder, weight_files(folder)), config, source=folder)
+        if model.tie_embeddings and not tie(saved):
+            warnings.warn(f"{folder}: tie_word_embeddings is true, yet lm_head differs: it is not tied", stacklevel=2)
+            model = skeleton({**arguments, "tie_embeddings": False}, folder)
+        model = fill(model, saved, folder, dtype or common_dtype(saved), device)
+    cast(Any, model).tokenizer = read_tokenizer(folder)
     return model.eval()
 
 
@@ -102,40 +99,48 @@ def find_family(config: dict[str, Any], path: Path) -> tuple[ModuleType | None, 
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{path}: expected a model_type of {', '.join(map(repr, FAMILIES))}, got {model_type!r}")
     if config.get("quantization_config"):
         raise ValueError(f"{path}: quantization_config: quantised weights are not read")
     return FAMILIES[model_type], config
 
 
-def untie(arguments: dict[str, Any], saved: dict[str, Tensor], folder: Path) -> None:
-    """Makes of a saved embedding and head what the model has, in place: one tensor if it ties them."""
-    if not arguments.get("tie_embeddings"):
-        return
+def translated(translate: Callable[..., dict[str, Any]], *arguments: Any, source: Path) -> dict[str, Any]:
+    """Calls a function of a family; its ValueError names the file too."""
+    try:
+        return translate(*arguments)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def skeleton(arguments: Mapping[str, Any], folder: Path) -> LanguageModel:
+    """Builds a model without numbers."""
+    try:
+        with torch.device("meta"):
+            return LanguageModel(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+
+
+def tie(saved: dict[str, Tensor]) -> bool:
+    """Makes one tensor of a saved embedding and a head of the same numbers, in place; returns False if they differ."""
     head, embedding = saved.get("head.weight"), saved.get("embed.weight")
-    if head is None:
-        return
-    if embedding is None or torch.equal(head, embedding):
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        return False
+    if head is not None:
         saved["embed.weight"] = saved.pop("head.weight")
-    else:
-        warnings.warn(f"{folder}: tie_word_embeddings is true, yet lm_head differs: it is not tied", stacklevel=3)
-        arguments["tie_embeddings"] = False
+    return True
 
 
-def build(
-    arguments: Mapping[str, Any],
+def fill(
+    model: LanguageModel,
     saved: Mapping[str, Tensor],
     folder: Path,
     dtype: torch.dtype,
     device: torch.device | str | None,
 ) -> LanguageModel:
-    """Builds the model around the saved tensors, one after the other: no number is in memory twice."""
-    try:
-        with torch.device("meta"):
-            model = LanguageModel(**arguments)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    """Gives a skeleton the saved tensors, one after the other: no number is in memory twice."""
     fill_(model, {name: tensor.to("meta") for name, tensor in saved.items()}, str(folder))  # checks names and shapes
     model = model.to(dtype).to_empty(device=device or torch.get_default_device())
     if model.tie_embeddings:
