@@ -227,7 +227,9 @@ def fill_(model: nn.Module, saved: Mapping[str, Tensor], source: str) -> None:
         raise ValueError(f"{source}: does not fit {type(model).__name__} ({shown})")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.data = saved[name]  # keeps the parameter, so shared ones stay shared, and takes the saved dtype
+            # keeps the parameter, so shared ones stay shared, and takes the saved dtype; a copy, since what is mapped
+            # from the file lies at any address, where sums round in another order, and goes when the file does
+            tensor.data = saved[name].clone()
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
