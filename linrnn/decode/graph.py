@@ -1,0 +1,89 @@
+"""One decoding step as a CUDA graph: a step of a model is hundreds of short kernels, and launching them takes longer
+than they do. Replaying a graph launches all of them at once."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from linrnn.decode import state as states
+from linrnn.layers.base import State, StepFn, positive_int
+from linrnn.models.language import LanguageModel
+
+WARM_UPS = 3  # what compiles, allocates or chooses a kernel does so in the first calls, which no graph may hold
+
+
+class GraphedStep:
+    """A model's step for batches of one size, captured once and replayed for each token.
+
+    ```python
+    step = GraphedStep(model, batch_size=8)
+    _, state = model(prompt)
+    for _ in range(100):
+        logits, state = step(ids_t, state)
+    ```
+
+    It does what `model.frozen_step()` does, with two differences: logits and state are buffers of the graph, which the
+    next call overwrites (`clone` what is to be kept); and a state that is not the one returned last is copied in first.
+    Parameters are read where they are: a change of them in place is seen, but what `frozen_step` computes from them is
+    computed once. Make it again after either.
+
+    Args:
+        model: a LanguageModel on a GPU whose state does not grow with T.
+        batch_size: number of sequences B.
+
+    Raises:
+        ValueError: the model is not on a GPU, or its state grows with T (no two steps then have the same kernels).
+    """
+
+    def __init__(self, model: LanguageModel, batch_size: int):
+        if model.state_size is None:
+            raise ValueError("model: its state grows with every token; a graph needs one of fixed size (a window)")
+        self.batch_size = positive_int("batch_size", batch_size)
+        self.ids = torch.zeros(batch_size, dtype=torch.int64, device=model.embed.weight.device)
+        self._step: StepFn = model.frozen_step()
+        with torch.inference_mode():
+            self.state: State = states.clone(model.init_state(batch_size))
+            self._replay, self.logits = capture(self._run, self.ids.device)
+
+    def __call__(self, ids_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Maps one token ids_t (B,) and a state to logits (B, V) and the next state, both buffers of the graph."""
+        if ids_t.shape != self.ids.shape:
+            raise ValueError(f"ids_t: expected shape ({self.batch_size},), got {tuple(ids_t.shape)}")
+        with torch.inference_mode():
+            self.ids.copy_(ids_t)
+            if state is not self.state:
+                copy_(self.state, state)
+            self._replay()
+        return self.logits, self.state
+
+    def _run(self) -> Tensor:
+        logits, after = self._step(self.ids, self.state)
+        copy_(self.state, after)
+        return logits
+
+
+def copy_(to: State, source: State) -> None:
+    """Writes a state over another of the same structure and shapes, in one launch per dtype."""
+    targets, sources = list(states.leaves(to)), list(states.leaves(source))
+    shapes = [leaf.shape for leaf in sources]
+    if [leaf.shape for leaf in targets] != shapes:
+        raise ValueError(f"state: expected shapes {[tuple(leaf.shape) for leaf in targets]}, got {shapes}")
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Runs `run` a few times, captures it, and returns what replays it and the tensor it writes its result to."""
+    if device.type != "cuda":
+        raise ValueError(f"model: CUDA graphs need a model on an NVIDIA GPU, this one is on {device.type}")
+    stream = torch.cuda.Stream(device)  # capture demands a stream of its own, also for the calls before
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph.replay, result

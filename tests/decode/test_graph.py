@@ -1,0 +1,78 @@
+"""A captured step: the same tokens as the model's own steps, and a state that is copied in when it is another one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from linrnn.decode import graph
+from linrnn.decode import state as states
+from linrnn.models import LanguageModel
+
+V = 13
+KINDS: list[dict[str, Any]] = [
+    {"mixer": "lru"},
+    {"mixer": "mamba", "ffn": None},
+    {"mixer": ("gated_deltanet", "attention"), "mixer_kwargs": {"attention": {"window": 5}}},
+    {"mixer": "rwkv4", "ffn": "channel_mix"},
+]
+
+
+@pytest.fixture
+def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of a capture, the calls themselves, writing their result to one buffer as a graph does."""
+
+    def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+        result = run().clone()
+
+        def replay() -> None:
+            result.copy_(run())
+
+        return replay, result
+
+    monkeypatch.setattr(graph, "capture", capture)
+
+
+def follows_the_model(model: LanguageModel, device: str, tolerance: float) -> None:
+    model = model.eval().to(device)
+    ids = torch.randint(V, (3, 20), device=device)
+    with torch.inference_mode():
+        expected, _ = model(ids)
+        step = graph.GraphedStep(model, 3)
+        _, prefilled = model(ids[:, :6])
+        kept = states.clone(prefilled)
+        for _ in range(2):  # from the same state again: it was copied in, not written to
+            state = prefilled
+            for t in range(6, 20):
+                logits, state = step(ids[:, t], state)
+                torch.testing.assert_close(logits, expected[:, t], rtol=tolerance, atol=tolerance)
+        for a, b in zip(states.leaves(prefilled), states.leaves(kept), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_steps_are_the_models(kind: dict[str, Any], uncaptured: None) -> None:
+    follows_the_model(LanguageModel(V, d_model=16, **kind).double(), "cpu", 1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_steps_are_the_models_on_a_gpu(kind: dict[str, Any]) -> None:
+    follows_the_model(LanguageModel(V, d_model=64, **kind), "cuda", 2e-4)
+
+
+def test_what_is_refused(uncaptured: None) -> None:
+    with pytest.raises(ValueError, match="its state grows with every token"):
+        graph.GraphedStep(LanguageModel(V, mixer="attention"), 2)
+    step = graph.GraphedStep(LanguageModel(V, mixer="lru"), 2)
+    with pytest.raises(ValueError, match=r"ids_t: expected shape \(2,\), got \(3,\)"):
+        step(torch.zeros(3, dtype=torch.int64), step.state)
+    with pytest.raises(ValueError, match="state: expected shapes"):
+        step(torch.zeros(2, dtype=torch.int64), LanguageModel(V, mixer="lru").init_state(3))
+
+
+def test_no_gpu_is_named() -> None:
+    with pytest.raises(ValueError, match="CUDA graphs need a model on an NVIDIA GPU, this one is on cpu"):
+        graph.GraphedStep(LanguageModel(V, mixer="lru"), 2)
