@@ -1,17 +1,9 @@
-"""What the families share: the fields a config.json really has, and tensors by other names."""
+"""Renaming the tensors of somebody else's checkpoint."""
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
-
-from linrnn.models.checkpoints.fields import Fields
-
-
-def known(config: Mapping[str, Any]) -> Fields:
-    """Reads a config.json, where null stands for what is absent."""
-    return Fields({name: value for name, value in config.items() if value is not None})
 
 
 def renamed(saved: Mapping[str, Tensor], patterns: Mapping[str, str]) -> dict[str, Tensor]:
