@@ -95,22 +95,30 @@ def run(cell: Cell, settings: Settings, corpus: texts.Corpus, path: Path, **opti
     """Returns the result in the file `path`; trains first if there is none.
 
     Raises:
-        ValueError: the file is of other settings or of another text.
+        ValueError: the file, or the checkpoint beside it, is of other settings or of another text.
         DivergedError: the loss is not finite.
     """
-    identity = {"cell": asdict(cell), "settings": asdict(settings), "corpus": corpus.describe()}
-    identity = json.loads(json.dumps(identity))
     if path.exists():
         result = json.loads(path.read_text())
-        other = [key for key, value in identity.items() if result.get(key) != value]
-        if other:
-            raise ValueError(f"{path}: holds a result of another {', '.join(other)}; take another --out or remove it")
+        check_same(identity(cell, settings, corpus), result, path)
         return result
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {**identity, **train(cell, settings, corpus, path, **options), **environment()}
+    result = {**identity(cell, settings, corpus), **train(cell, settings, corpus, path, **options), **environment()}
     write_whole(path, json.dumps(result).encode())
     path.with_suffix(".ckpt").unlink(missing_ok=True)
     return result
+
+
+def identity(cell: Cell, settings: Settings, corpus: texts.Corpus) -> dict[str, Any]:
+    """What a result or a checkpoint belongs to, as JSON holds it."""
+    whole = {"cell": asdict(cell), "settings": asdict(settings), "corpus": corpus.describe()}
+    return json.loads(json.dumps(whole))
+
+
+def check_same(expected: dict[str, Any], found: dict[str, Any], path: Path) -> None:
+    other = [key for key, value in expected.items() if found.get(key) != value]
+    if other:
+        raise ValueError(f"{path}: belongs to another {', '.join(other)}; take another --out or remove it")
 
 
 def train(
@@ -136,9 +144,9 @@ def train(
     chunks = settings.batch_bytes // longest
     marks = {round(steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
     validation = texts.held_out_chunks(corpus.validation, settings.validation_bytes, longest)
-    checkpoint = path.with_suffix(".ckpt")
+    checkpoint, owner = path.with_suffix(".ckpt"), identity(cell, settings, corpus)
     # the curve: bytes, bits per byte in training since the point before, bits per byte on validation
-    first, seconds, curve, summed = load_checkpoint(checkpoint, model, optimizer)
+    first, seconds, curve, summed = load_checkpoint(checkpoint, model, optimizer, owner)
     losses = torch.tensor(summed, device=device)
     began = saved = time.perf_counter()
     for step in range(first, steps):
@@ -168,7 +176,9 @@ def train(
             progress(f"{(step + 1) / steps:4.0%}  {seen:.3f} bits per byte on validation  {speed:,.0f} bytes/s")
         if now - saved > checkpoint_seconds:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "curve": curve}
-            write_checkpoint(checkpoint, {**state, "seconds": seconds + now - began, "losses": losses.tolist()})
+            write_checkpoint(
+                checkpoint, {**owner, **state, "seconds": seconds + now - began, "losses": losses.tolist()}
+            )
             saved = now
     seconds += time.perf_counter() - began
     result = {"parameters": count_params(model), "seconds": seconds, "curve": curve}
@@ -199,12 +209,13 @@ def bits(model: Callable[[Tensor], Any], chunks: Tensor, length: int, size: int,
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, owner: dict[str, Any]
 ) -> tuple[int, float, list[list[float]], list[float]]:
     """Steps and seconds so far, the curve, and the sum and number of the losses since its last point."""
     if not path.exists():
         return 0, 0.0, [], [0.0, 0.0]
     saved = torch.load(path, weights_only=True)
+    check_same(owner, saved, path)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"], saved["seconds"], saved["curve"], saved["losses"]

@@ -81,7 +81,7 @@ def test_what_is_done_is_not_done_again(trained, monkeypatch):
     byte_lm.main([*command, "--seeds", "1"])
     with pytest.raises(AssertionError, match="trained again"):
         byte_lm.main([*command, "--seeds", "2"])
-    with pytest.raises(ValueError, match="holds a result of another cell, settings; take another --out"):
+    with pytest.raises(ValueError, match="belongs to another cell, settings; take another --out"):
         byte_lm.main([*command, "--seeds", "1", "--cell-bytes", "51200"])
 
 
@@ -116,6 +116,8 @@ def test_an_interrupted_cell_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         training.run(cell, settings, parts, path, checkpoint_seconds=0.0)
     assert not path.exists()
+    with pytest.raises(ValueError, match=r"cut\.ckpt: belongs to another settings"):
+        training.run(cell, small(clip=2.0), parts, path)
     cut = training.run(cell, settings, parts, path, checkpoint_seconds=0.0)
     assert steps == [*range(17), *range(16, 30)]
     for result in (whole, cut):
