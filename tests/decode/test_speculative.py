@@ -1,6 +1,8 @@
 """Speculative decoding: the tokens of `generate`, or tokens distributed like them, and states that are rolled back."""
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -248,6 +250,15 @@ def test_models_are_left_in_their_mode() -> None:
     speculative(model, draft, [[1]], 3)
     next(speculative(model, draft, [[1]], 3, stream=True))
     assert before == [module.training for m in (model, draft) for module in m.modules()]
+
+
+def test_the_docs_run() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "speculative.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 4
+    namespace: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "speculative.md", "exec"), namespace)
 
 
 @pytest.mark.parametrize("which", ["model", "draft"])
