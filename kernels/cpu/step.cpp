@@ -34,8 +34,8 @@ using E = Exponential<float>;
 
 // `barrier` is whether an operation waits for all threads. Those that do not, run on channels that the same thread has
 // written: channels are dealt out by `outputs` and `unit` alone.
-enum Kind : int64_t { LINEAR, NORM, CONV, SELECTIVE, DIAGONAL, GATE, RGLRU };
-enum Activation : int64_t { IDENTITY, SILU, GELU_TANH };
+enum Kind : int64_t { LINEAR, NORM, CONV, SELECTIVE, DIAGONAL, GATE, RGLRU, SHIFT };
+enum Activation : int64_t { IDENTITY, SILU, GELU_TANH, SIGMOID, SQUARED_RELU };
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr int64_t kGranule = 8;  // units of channels: a vector, so that no cut of the work moves a lane
@@ -63,7 +63,21 @@ template <int64_t ACT>
 inline float activated(float x) {
   if constexpr (ACT == SILU) return x * sigmoid(x);
   if constexpr (ACT == GELU_TANH) return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
+  if constexpr (ACT == SIGMOID) return sigmoid(x);
+  if constexpr (ACT == SQUARED_RELU) return x < 0 ? 0.0f : x * x;
   return x;
+}
+
+// f with the activation as a type.
+template <class F>
+inline void with_activation(int64_t act, F&& f) {
+  switch (act) {
+    case SILU: return f(std::integral_constant<int64_t, SILU>{});
+    case GELU_TANH: return f(std::integral_constant<int64_t, GELU_TANH>{});
+    case SIGMOID: return f(std::integral_constant<int64_t, SIGMOID>{});
+    case SQUARED_RELU: return f(std::integral_constant<int64_t, SQUARED_RELU>{});
+    default: return f(std::integral_constant<int64_t, IDENTITY>{});
+  }
 }
 
 // log(1 + exp(x)) = max(x, 0) + log1p(e) with e = exp(-|x|), and log1p(e) = 2 artanh(e / (2 + e)), an odd series.
@@ -342,16 +356,32 @@ void rglru(const Op& op, const Frame& f) {
   }
 }
 
+// ---- y = past + mix (x - past), the past being the token before: refs x, y, past, and past after if it is to be
+// written; constant: mix. ----
+
+void shift(const Op& op, const Frame& f) {
+  int64_t d0, d1;
+  f.part(op.outputs, d0, d1);
+  const float* mix = op.constants[0];
+  for (int64_t b = 0; b < f.B; ++b) {
+    const float *x = f.at(op.refs[0], b), *before = f.at(op.refs[2], b);
+    float *y = f.at(op.refs[1], b), *after = f.at(op.refs[3], b);
+    LINRNN_INDEPENDENT
+    for (int64_t d = d0; d < d1; ++d) y[d] = before[d] + mix[d] * (x[d] - before[d]);
+    if (after) std::copy(x + d0, x + d1, after + d0);
+  }
+}
+
 void run(const Op& op, const Frame& f) {
   switch (op.kind) {
     case LINEAR: return linear(op, f);
     case NORM: return norm(op, f);
-    case CONV: return op.option == SILU ? conv<SILU>(op, f) : conv<IDENTITY>(op, f);
+    case CONV: return with_activation(op.option, [&](auto act) { conv<decltype(act)::value>(op, f); });
     case SELECTIVE: return selective(op, f);
     case DIAGONAL: return diagonal(op, f);
-    case GATE:
-      return op.option == SILU ? gate<SILU>(op, f) : op.option == GELU_TANH ? gate<GELU_TANH>(op, f) : gate<IDENTITY>(op, f);
+    case GATE: return with_activation(op.option, [&](auto act) { gate<decltype(act)::value>(op, f); });
     case RGLRU: return rglru(op, f);
+    case SHIFT: return shift(op, f);
   }
 }
 

@@ -24,9 +24,10 @@ class Kind(enum.IntEnum):
     DIAGONAL = 4
     GATE = 5
     RGLRU = 6
+    SHIFT = 7
 
 
-ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
+ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "sigmoid": 3, "squared_relu": 4}
 
 
 class Ref(NamedTuple):

@@ -9,8 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, positive_int
+from linrnn.layers.base import (
+    RecurrentLayer,
+    State,
+    StateSpec,
+    StepFn,
+    accumulation_dtype,
+    blank_padding,
+    positive_int,
+)
+from linrnn.layers.frozen import compiled_step, linear
 from linrnn.layers.token_shift import token_shift
+from linrnn.ops.step_program import Ref, StepProgram
 
 
 class ChannelMixState(NamedTuple):
@@ -43,8 +53,8 @@ class ChannelMix(RecurrentLayer):
 
     def reset_parameters(self) -> None:
         """Draws new parameters: torch's own for the projections, mixes as in RWKV-4's first layer, from 0 to 1."""
-        for linear in (self.key, self.receptance, self.value):
-            linear.reset_parameters()
+        for projection in (self.key, self.receptance, self.value):
+            projection.reset_parameters()
         with torch.no_grad():
             share = torch.arange(self.d_model) / self.d_model
             self.time_mix_key.copy_(share)
@@ -65,3 +75,15 @@ class ChannelMix(RecurrentLayer):
         r = self.receptance(before + change * self.time_mix_receptance)
         y = r.sigmoid() * self.value(k.relu().square())
         return y, ChannelMixState(last.to(accumulation_dtype(x.dtype)))
+
+    def frozen_step(self) -> StepFn:
+        return compiled_step(self, self.d_model, self.init_state) or super().frozen_step()
+
+    def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
+        """Writes the step into a program; see `linrnn.layers.frozen`."""
+        for_k, for_r = program.shift(x, (self.time_mix_key, self.time_mix_receptance))
+        k = linear(program, for_k, self.key)
+        program.gate(k, activation="squared_relu", out=k, local=True)
+        r = linear(program, for_r, self.receptance, local=True)
+        v = linear(program, k, self.value)
+        program.gate(r, v, activation="sigmoid", out=out, add=add, local=True)

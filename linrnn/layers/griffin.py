@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, blank_padding, positive_int
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, StepFn, blank_padding, positive_int
+from linrnn.layers.frozen import compiled_step, linear, plain
 from linrnn.layers.heads import count_heads, white_
 from linrnn.layers.rglru import RGLRU, RGLRUState
 from linrnn.layers.short_conv import ShortConv
+from linrnn.ops.step_program import Ref, StepProgram
 
 
 class GriffinState(NamedTuple):
@@ -87,3 +89,16 @@ class Griffin(RecurrentLayer):
         h, recurrent = self.rg_lru(u, recurrent, reset=reset, mask=mask)
         gate = F.gelu(self.linear_y(x), approximate="tanh")
         return self.linear_out(h * gate), GriffinState(conv, *recurrent)
+
+    def frozen_step(self) -> StepFn:
+        return compiled_step(self, self.d_model, self.init_state) or super().frozen_step()
+
+    def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
+        """Writes the step into a program; see `linrnn.layers.frozen`."""
+        plain(self.conv_1d, self.rg_lru)
+        u = linear(program, x, self.linear_x)
+        u = program.conv(u, self.conv_1d.weight, self.conv_1d.bias, local=True)
+        gate = linear(program, x, self.linear_y, local=True)
+        h = self.rg_lru.emit_recurrence(program, u)
+        y = program.gate(gate, h, activation="gelu", out=gate, local=True)
+        linear(program, y, self.linear_out, out=out, add=add)

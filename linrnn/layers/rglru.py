@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, finite
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, StepFn, accumulation_dtype, blank_padding, finite
+from linrnn.layers.frozen import compiled_step
 from linrnn.layers.heads import count_heads, merge_heads, split_heads
 from linrnn.ops import diagonal_scan
+from linrnn.ops.step_program import Ref, StepProgram
 
 C = 8.0
 MAX_SLOPE = 1000.0
@@ -100,6 +102,27 @@ class RGLRU(RecurrentLayer):
         u = bounded_sqrt(-torch.expm1(2 * log_a)) * (i * x)
         y, h = diagonal_scan(log_a.exp(), u.to(x.dtype), h, reset=reset, mask=mask)
         return y, RGLRUState(h, begun)
+
+    def frozen_step(self) -> StepFn:
+        return compiled_step(self, self.d_model, self.init_state) or super().frozen_step()
+
+    def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
+        """Writes the step into a program; see `linrnn.layers.frozen`."""
+        program.gate(self.emit_recurrence(program, x), out=out, add=add, local=True)
+
+    def emit_recurrence(self, program: StepProgram, x: Ref) -> Ref:
+        """Writes the gates and the recurrence into a program; returns where h is, dealt out by channels."""
+        width, gates = self.d_model // self.n_heads, []
+        for weight, bias in (
+            (self.recurrent_gate_weight, self.recurrent_gate_bias),
+            (self.input_gate_weight, self.input_gate_bias),
+        ):
+            logits = program.buffer(self.d_model)
+            for i in range(self.n_heads):
+                block, out = x.columns(i * width, width), logits.columns(i * width, width)
+                program.linear(block, weight[i].mT, bias[i], out=out, local=i > 0 or bool(gates))
+            gates.append(logits)
+        return program.rglru(x, *gates, -C * F.softplus(self.recurrent_param))
 
     def gate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Maps x (B, T, D) to σ(W x + b), (B, T, D), at least float32."""

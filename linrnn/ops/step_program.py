@@ -6,7 +6,7 @@ and models do so with all of theirs.
 """
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -124,6 +124,15 @@ class StepProgram:
         begun, begun_after = self.state()
         refs = (x, recurrent, input, before, after, begun, begun_after)
         return self._emit(Kind.RGLRU, refs, (rate,), after, local, outputs=x.width)
+
+    def shift(self, x: Ref, mixes: Sequence[Tensor]) -> list[Ref]:
+        """Mixes x with that of the token before by each of `mixes` (D), as in RWKV; declares its state (D)."""
+        before, after = self.state(x.width)
+        mixed = []
+        for i, mix in enumerate(mixes):
+            refs = (x, self.buffer(x.width), before, None if i else after)
+            mixed.append(self._emit(Kind.SHIFT, refs, (mix,), refs[1], i > 0, outputs=x.width))
+        return mixed
 
     def gate(
         self,
