@@ -14,7 +14,7 @@ WARM_UPS = 3  # what compiles, allocates or chooses a kernel does so in the firs
 
 
 class GraphedStep:
-    """A model's step for batches of one size, captured once and replayed for each token.
+    """A model's step for batches of up to `batch_size` sequences, captured once and replayed for each token.
 
     ```python
     step = GraphedStep(model, batch_size=8)
@@ -25,12 +25,12 @@ class GraphedStep:
 
     It does what `model.frozen_step()` does, with two differences: logits and state are buffers of the graph, which the
     next call overwrites (`clone` what is to be kept); and a state that is not the one returned last is copied in first.
-    Parameters are read where they are: a change of them in place is seen, but what `frozen_step` computes from them is
-    computed once. Make it again after either.
+    Smaller batches take as long as a full one. Parameters are read where they are: a change of them in place is seen,
+    but what `frozen_step` computes from them is computed once. Make it again after either.
 
     Args:
         model: a LanguageModel on a GPU whose state does not grow with T.
-        batch_size: number of sequences B.
+        batch_size: the most sequences.
 
     Raises:
         ValueError: the model is not on a GPU, or its state grows with T (no two steps then have the same kernels).
@@ -40,27 +40,46 @@ class GraphedStep:
         if model.state_size is None:
             raise ValueError("model: its state grows with every token; a graph needs one of fixed size (a window)")
         self.batch_size = positive_int("batch_size", batch_size)
-        self.ids = torch.zeros(batch_size, dtype=torch.int64, device=model.embed.weight.device)
+        self._ids = torch.zeros(batch_size, dtype=torch.int64, device=model.embed.weight.device)
         self._step: StepFn = model.frozen_step()
         with torch.inference_mode():
-            self.state: State = states.clone(model.init_state(batch_size))
-            self._replay, self.logits = capture(self._run, self.ids.device)
+            self._state: State = states.clone(model.init_state(batch_size))
+            self._replay, self._logits = capture(self._run, self._ids.device)
+        self._returned: State = None
 
     def __call__(self, ids_t: Tensor, state: State) -> tuple[Tensor, State]:
         """Maps one token ids_t (B,) and a state to logits (B, V) and the next state, both buffers of the graph."""
-        if ids_t.shape != self.ids.shape:
-            raise ValueError(f"ids_t: expected shape ({self.batch_size},), got {tuple(ids_t.shape)}")
+        B = len(ids_t)
+        if ids_t.ndim != 1 or not 1 <= B <= self.batch_size:
+            raise ValueError(f"ids_t: expected shape (1 to {self.batch_size},), got {tuple(ids_t.shape)}")
         with torch.inference_mode():
-            self.ids.copy_(ids_t)
-            if state is not self.state:
-                copy_(self.state, state)
+            if state is not self._returned or states.batch_size(state) != B:
+                rows = states.map_leaves(lambda leaf: leaf[:B], self._state)
+                copy_(rows, state)
+                self._returned = rows
+            self._ids[:B].copy_(ids_t)
             self._replay()
-        return self.logits, self.state
+        return self._logits[:B], self._returned
 
     def _run(self) -> Tensor:
-        logits, after = self._step(self.ids, self.state)
-        copy_(self.state, after)
+        logits, after = self._step(self._ids, self._state)
+        copy_(self._state, after)
         return logits
+
+
+class GraphedSteps:
+    """`GraphedStep` for batches of any size: one graph for each power of two that is needed."""
+
+    def __init__(self, model: LanguageModel):
+        self.model = model
+        self._graphs: dict[int, GraphedStep] = {}
+
+    def __call__(self, ids_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Maps ids_t (B,) and a state to logits (B, V) and the next state, both buffers that the next call writes."""
+        size = 1 << (len(ids_t) - 1).bit_length()
+        if size not in self._graphs:
+            self._graphs[size] = GraphedStep(self.model, size)
+        return self._graphs[size](ids_t, state)
 
 
 def copy_(to: State, source: State) -> None:
