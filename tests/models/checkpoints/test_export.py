@@ -1,6 +1,7 @@
 """Models of ours in transformers' format: transformers computes the same with them, and they come back unchanged."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,3 +139,15 @@ def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], error: type[Ex
     with pytest.raises(error, match=message):
         export_transformers(**{"model": make(), "folder": tmp_path, **arguments})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_the_examples_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    page = Path(__file__).parents[3] / "docs" / "checkpoints.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "checkpoints.md", "exec"), namespace)
