@@ -1,17 +1,21 @@
 """linrnn.hf: what transformers does with a LanguageModel is what the model does."""
 
 import copy
+import re
 import runpy
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from linrnn.models import LanguageModel, SequenceClassifier
+from linrnn.models.migrations import FORMAT
 
 transformers = pytest.importorskip("transformers")
 
@@ -182,6 +186,25 @@ def test_auto_classes(name: str, tmp_path: Path) -> None:
     assert transformers.AutoModelForCausalLM.from_config(config).model.config == hf.model.config
 
 
+def test_every_layer() -> None:
+    """Built without memory by transformers, filled from a folder: every causal layer steps, in beams and padded."""
+    folder = Path(__file__).parent / "fixtures" / "checkpoints" / f"format-{FORMAT}" / "every_layer"
+    hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    expected = load_file(folder / "expected.safetensors")
+    ids = expected["ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(hf(ids).logits, expected["y"], rtol=1e-9, atol=1e-9)
+    results = [
+        hf.generate(ids, max_new_tokens=4, num_beams=2, do_sample=False, use_cache=use_cache)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*results)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    padded = hf.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    assert torch.equal(padded[1:, 4:], hf.generate(ids[1:, 4:], max_new_tokens=4, do_sample=False))
+
+
 def test_from_linrnn_shares() -> None:
     model = LanguageModel(V, d_model=16, n_layers=1).train()
     hf = LinRNNForCausalLM.from_linrnn(model, eos_token_id=EOS)
@@ -306,8 +329,6 @@ def test_a_configuration_without_arguments_makes_no_model() -> None:
 
 
 def test_missing_tensors_are_an_error(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     make("attention").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.other"] = tensors.pop("model.head.weight")
@@ -322,3 +343,13 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'linrnn\[hf\]'"):
         runpy.run_path(linrnn.hf.__file__)
+
+
+def test_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/transformers.md").read_text(), re.S)
+    assert len(blocks) == 6
+    namespace: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "transformers.md", "exec"), namespace)
+    assert not torch.equal(namespace["model"].embed.weight, namespace["hf"].model.embed.weight)  # the last step counted

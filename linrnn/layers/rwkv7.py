@@ -87,7 +87,8 @@ class RWKV7(RecurrentLayer):
             for z, power in zip(MIXED, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True):
                 getattr(self, f"x_{z}").copy_(1 - share ** (power * falling))
             linear = torch.arange(D, dtype=torch.float64) / max(D - 1, 1)
-            within = torch.linspace(-1, 1, self.d_head, dtype=torch.float64).repeat(self.n_heads)
+            # said once: transformers, which builds models without memory, leaves linspace alone on the CPU
+            within = torch.linspace(-1, 1, self.d_head, dtype=share.dtype, device=share.device).repeat(self.n_heads)
             zigzag = within * within.abs()
             self.w0.copy_(-5.5 + 6 * linear ** (1 + rising**0.3) + 2.5 * zigzag)
             self.a0.copy_(-0.19 + 0.3 * zigzag + 0.4 * (linear - 0.5))
