@@ -151,10 +151,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path}: expected a state that `linrnn.decode.state.save` wrote, got another safetensors file"
         )
     version = metadata.get("version", "")
-    if version.isdecimal() and int(version) > VERSION:
+    if not version.isdecimal() or not 1 <= int(version) <= VERSION:
         raise ValueError(
-            f"{path}: written by linrnn {metadata.get('linrnn')} in format {version}, which is newer than format "
-            f"{VERSION} of this version; upgrade linrnn"
+            f"{path}: expected format 1 to {VERSION} of states, got {version!r}, written by linrnn "
+            f"{metadata.get('linrnn')}; upgrade linrnn if that is newer"
         )
     if _digest(tensors, metadata) != metadata.get("digest"):
         raise ValueError(f"{path}: damaged, its tensors are not those that were saved")

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from linrnn.decode import state as states
 from linrnn.decode import state_files
 from linrnn.models import LanguageModel
 
 V = 11
+STATES = Path(__file__).parents[1] / "fixtures" / "states"
 
 
 def make(**kwargs: Any) -> LanguageModel:
@@ -151,11 +152,12 @@ def test_files_with_a_digest_and_nonsense(tmp_path: Path, structure: Any, messag
         states.load(tmp_path / "state")
 
 
-def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state_files, "VERSION", 2)
+@pytest.mark.parametrize("version", [2, 0, "one"])
+def test_an_unknown_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: Any) -> None:
+    monkeypatch.setattr(state_files, "VERSION", version)
     states.save((torch.zeros(1),), tmp_path / "state")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="in format 2, which is newer than format 1 of this version; upgrade linrnn"):
+    with pytest.raises(ValueError, match=f"expected format 1 to 1 of states, got '{version}', written by linrnn 0"):
         states.load(tmp_path / "state")
 
 
@@ -182,3 +184,23 @@ def test_registered_types(own: None) -> None:
         states.register(tuple)
     with pytest.raises(ValueError, match=r"growing: expected some of the fields \('h', 'rest'\), got \['k'\]"):
         states.register(Own, states.Growing(("k",), "rest"))
+
+
+@pytest.mark.parametrize("file", sorted(STATES.glob("*/*.safetensors")), ids=lambda f: f"{f.parent.name}-{f.stem}")
+def test_states_of_every_format_are_gone_on_with(file: Path) -> None:
+    """And the models they were saved with are still known by their fingerprints, in each format of their own."""
+    folders = sorted((STATES.parent / "checkpoints").glob(f"*/{file.stem}"))
+    assert folders
+    for folder in folders:
+        model = LanguageModel.from_pretrained(folder).eval().double()
+        state, expected = states.load(file, model=model), load_file(folder / "expected.safetensors")
+        read = 5
+        with torch.no_grad():
+            y, _ = model(expected["ids"][:1, read:], state)
+        torch.testing.assert_close(y, expected["y"][:1, read:], rtol=1e-9, atol=1e-9)
+
+
+def test_every_format_has_states() -> None:
+    assert {folder.name for folder in STATES.glob("format-*")} == {
+        f"format-{n + 1}" for n in range(state_files.VERSION)
+    }
