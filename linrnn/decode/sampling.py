@@ -78,9 +78,20 @@ class Sampling:
         if self.greedy:
             return torch.zeros_like(scores, dtype=torch.float32).scatter_(1, scores.argmax(1, keepdim=True), 1)
         # the largest becomes 0 first, so that no temperature overflows
-        scores = (scores - top).float() / self.temperature
-        if self.top_k is not None and self.top_k < scores.shape[1]:
-            scores = scores.masked_fill(scores < scores.topk(self.top_k)[0][:, -1:], -torch.inf)
+        return self.filtered((scores - top).float() / self.temperature)
+
+    def filtered(self, scores: Tensor) -> Tensor:
+        """Maps logits (B, V) behind penalty and temperature to probabilities."""
+        k, V, ids = self.top_k, scores.shape[1], None
+        if k is not None and k < V:
+            last = scores.topk(k)[0][:, -1:]
+            n = int((scores >= last).sum(1).max())
+            if (
+                n > k and len(scores) > 1
+            ):  # row by row: how many are equal to the last in one row moves no bit in others
+                return torch.cat([self.filtered(row) for row in scores.split(1)])
+            ids = scores.topk(n)[1].sort(1)[0]  # from here on, time goes by n and not by V
+            scores = scores.gather(1, ids)
         if self.top_p is not None and self.top_p < 1:
             # what lies below comes to too little; of equal logits the lowest ids stay, as argmax has it
             descending, order = scores.sort(stable=True, dim=1, descending=True)
@@ -90,7 +101,8 @@ class Sampling:
         if self.min_p is not None:
             p = scores.softmax(1)
             scores = scores.masked_fill(p < self.min_p * p.amax(1, keepdim=True), -torch.inf)
-        return scores.softmax(1)
+        p = scores.softmax(1)
+        return p if ids is None else p.new_zeros(len(p), V).scatter_(1, ids, p)
 
     def scores(self, logits: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns the logits behind the penalty (B, V), float32 at least, and the largest of each row (B, 1)."""

@@ -115,6 +115,19 @@ def test_a_sequence_goes_on_from_its_state(options: dict[str, Any]) -> None:
     assert decoder.retire(other).reason == "retired" and decoder.step() == []
 
 
+def test_the_penalty_knows_the_prompt_and_the_new_tokens() -> None:
+    model, sampling = some_model(), Sampling(repetition_penalty=3.0)
+    text = torch.tensor([3, 1, 4])
+    for _ in range(12):
+        with torch.no_grad():
+            logits = model(text[None])[0][0, -1]
+        logits[text] = torch.where(logits > 0, logits / 3, logits * 3)[text]
+        text = torch.cat((text, logits.argmax()[None]))
+    assert alone(model, {"ids": [3, 1, 4], "max_new_tokens": 12, "sampling": sampling}) == text[3:].tolist()
+    seen = torch.tensor([3, 1, 4, *by_formula(model, torch.tensor([3, 1, 4]), 12, -1)])
+    assert not torch.equal(text, seen)
+
+
 def test_how_sequences_end() -> None:
     model = some_model()
     free = alone(model, {"ids": [3, 1], "max_new_tokens": 12})
@@ -231,9 +244,12 @@ def test_known_prefixes_are_not_read_again(mixer: str, monkeypatch: pytest.Monke
     with torch.no_grad():
         begun = model(torch.tensor([[1, 2]]))[1]
     entries = len(cache)
-    sequence = decoder.admit(prompt, max_new_tokens=1, state=begun)
-    decoder.step()
-    assert len(cache) == entries and decoder.retire(sequence).n_new == 1  # no prefix of any text
+    for ids in (prompt, prompt[:3]):  # no prefix of any text: neither looked up nor kept
+        sequence = decoder.admit(ids, max_new_tokens=3, state=begun)
+        for _ in range(3):
+            decoder.step()
+        tokens = decoder.retire(sequence).tokens[len(ids) :].tolist()
+        assert tokens == by_formula(model, torch.tensor([1, 2, *ids]), 3, -1) and len(cache) == entries
     with pytest.raises(ValueError, match="prefix_cache: holds states of another model"):
         Decoder(some_model(mixer=mixer), prefix_cache=cache)
 
@@ -255,6 +271,24 @@ def test_a_step_that_fails_changes_nothing() -> None:
     while decoder.active:
         decoder.step()
     assert decoder.retire(good).tokens[3:].tolist() == alone(model, request)
+
+
+def test_a_step_that_fails_late_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = some_model()
+    requests = [{"ids": [1, 2], "max_new_tokens": 2}, {"ids": [3], "max_new_tokens": 6}]
+    decoder = Decoder(model)
+    first, second = (decoder.admit(**request) for request in requests)
+    decoder.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "select", lambda *_: 1 / 0)  # as if memory ran out when the first leaves
+        with pytest.raises(ZeroDivisionError):
+            decoder.step()
+    assert decoder.active == (first, second)
+    while decoder.active:
+        decoder.step()
+    assert [decoder.retire(i).tokens.tolist() for i in (first, second)] == [
+        [*request["ids"], *alone(model, request)] for request in requests
+    ]
 
 
 def test_the_mode_of_the_model() -> None:

@@ -1,10 +1,13 @@
 """Generated text against the whole forward, rows against each alone, and what ends, streams and is refused."""
 
 import gc
+import inspect
 import io
+import re
 import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -296,3 +299,16 @@ def test_logits_that_are_no_numbers() -> None:
     with pytest.raises(ValueError, match=r"logits: .* row 0\) at its new token [1-9]"):
         generate(model, ids[:1], 1000, temperature=1.0, seed=0)
     assert model.training
+
+
+def test_the_docs_run(capsys: pytest.CaptureFixture[str]) -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
+    namespace: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", docs, re.S):
+        exec(compile(block, "generation.md", "exec"), namespace)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    defaults = {name: p.default for name, p in inspect.signature(generate).parameters.items()}
+    table = docs[docs.index("## Options") : docs.index("## Prompts")]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) ?\|", table, re.M))
+    assert rows.keys() | {"model", "ids"} == defaults.keys()
+    assert all(str(defaults[name]).removesuffix(".0") == shown for name, shown in rows.items() if shown.isalnum())
