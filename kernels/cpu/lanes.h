@@ -10,7 +10,6 @@ namespace linrnn {
 typedef float Lanes __attribute__((vector_size(32)));
 inline Lanes times_plus(const Lanes& a, const Lanes& b, const Lanes& c) { return a * b + c; }
 inline Lanes plus(const Lanes& a, const Lanes& b) { return a + b; }
-#define LINRNN_PREFETCH(address) __builtin_prefetch(address)
 #else
 struct Lanes {
   float v[8];
@@ -26,7 +25,6 @@ inline Lanes plus(const Lanes& a, const Lanes& b) {
   for (int i = 0; i < 8; ++i) r.v[i] = a.v[i] + b.v[i];
   return r;
 }
-#define LINRNN_PREFETCH(address) static_cast<void>(address)
 #endif
 
 inline Lanes lanes(const float* from) {

@@ -109,84 +109,63 @@ inline float expm1_of_negative(float x) {
 
 // ---- y = W x (+ bias) (+ gain * g) (+ a): refs x, y, a, g; constants W (N, D), bias, gain; size D ----
 
-// Sums of ROWS rows of x with COLS adjacent rows of W. Each has sixteen lanes of its own, whatever ROWS and COLS are.
-// The first to read these rows of W fetches as many AHEAD: the hardware's own prefetching is half as fast.
-template <int ROWS, int COLS, bool AHEAD>
-inline void dot(const float* const (&x)[ROWS], const float* const (&w)[COLS], int64_t D, float (&y)[ROWS][COLS]) {
-  Lanes low[ROWS][COLS] = {}, high[ROWS][COLS] = {};
-  const auto advance = [&](const float* const (&x)[ROWS], const float* const (&w)[COLS], int64_t k) {
-    for (int j = 0; j < COLS; ++j) {
-      const Lanes w0 = lanes(w[j] + k), w1 = lanes(w[j] + k + 8);
-      for (int i = 0; i < ROWS; ++i) {
-        low[i][j] = times_plus(w0, lanes(x[i] + k), low[i][j]);
-        high[i][j] = times_plus(w1, lanes(x[i] + k + 8), high[i][j]);
-      }
+// Sums of ROWS rows of x with a row of W. Each has sixteen lanes of its own, whatever ROWS is.
+template <int ROWS>
+inline void dot(const float* const (&x)[ROWS], const float* w, int64_t D, float (&y)[ROWS]) {
+  Lanes low[ROWS] = {}, high[ROWS] = {};
+  const auto advance = [&](const float* const (&x)[ROWS], const float* w, int64_t k) {
+    const Lanes w0 = lanes(w + k), w1 = lanes(w + k + 8);
+    for (int i = 0; i < ROWS; ++i) {
+      low[i] = times_plus(w0, lanes(x[i] + k), low[i]);
+      high[i] = times_plus(w1, lanes(x[i] + k + 8), high[i]);
     }
   };
   int64_t k = 0;
-  for (; k + 16 <= D; k += 16) {
-    if (AHEAD)
-      for (int j = 0; j < COLS; ++j) LINRNN_PREFETCH(w[0] + COLS * (D + k) + 16 * j);
-    advance(x, w, k);
-  }
+  for (; k + 16 <= D; k += 16) advance(x, w, k);
   if (k < D) {  // the rest, filled up with zeros
-    float x_rest[ROWS][16] = {}, w_rest[COLS][16] = {};
-    const float *x_at[ROWS], *w_at[COLS];
+    float x_rest[ROWS][16] = {}, w_rest[16] = {};
+    const float* x_at[ROWS];
     for (int i = 0; i < ROWS; ++i) std::copy(x[i] + k, x[i] + D, x_rest[i]), x_at[i] = x_rest[i];
-    for (int j = 0; j < COLS; ++j) std::copy(w[j] + k, w[j] + D, w_rest[j]), w_at[j] = w_rest[j];
-    advance(x_at, w_at, 0);
+    std::copy(w + k, w + D, w_rest);
+    advance(x_at, w_rest, 0);
   }
-  for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < COLS; ++j) y[i][j] = sum(plus(low[i][j], high[i][j]));
+  for (int i = 0; i < ROWS; ++i) y[i] = sum(plus(low[i], high[i]));
 }
 
-template <int ROWS, int COLS, bool AHEAD>
-void linear_tile(const Op& op, const Frame& f, int64_t b, int64_t n) {
-  const float *x[ROWS], *w[COLS], *bias = op.constants[1], *gain = op.constants[2];
-  float y[ROWS][COLS];
-  for (int i = 0; i < ROWS; ++i) x[i] = f.at(op.refs[0], b + i);
-  for (int j = 0; j < COLS; ++j) w[j] = op.constants[0] + (n + j) * op.size;
-  dot<ROWS, COLS, AHEAD>(x, w, op.size, y);
+// Outputs [n0, n1) of rows b to b + ROWS - 1. Rows of W one after the other: the hardware prefetches one stream at the
+// full bandwidth, and two at half of it.
+template <int ROWS>
+void linear_rows(const Op& op, const Frame& f, int64_t b, int64_t n0, int64_t n1) {
+  const float *x[ROWS], *g[ROWS], *a[ROWS], *bias = op.constants[1], *gain = op.constants[2];
+  float *to[ROWS], y[ROWS];
   for (int i = 0; i < ROWS; ++i) {
-    float* to = f.at(op.refs[1], b + i) + n;
-    const float *a = f.at(op.refs[2], b + i), *g = f.at(op.refs[3], b + i);
-    for (int j = 0; j < COLS; ++j) {
-      float v = y[i][j];
-      if (bias) v += bias[n + j];
-      if (gain) v += gain[n + j] * g[n + j];
-      if (a) v += a[n + j];
-      to[j] = v;
+    x[i] = f.at(op.refs[0], b + i), to[i] = f.at(op.refs[1], b + i);
+    a[i] = f.at(op.refs[2], b + i), g[i] = f.at(op.refs[3], b + i);
+  }
+  for (int64_t n = n0; n < n1; ++n) {
+    dot<ROWS>(x, op.constants[0] + n * op.size, op.size, y);
+    for (int i = 0; i < ROWS; ++i) {
+      if (bias) y[i] += bias[n];
+      if (gain) y[i] += gain[n] * g[i][n];
+      if (a[0]) y[i] += a[i][n];
+      to[i][n] = y[i];
     }
   }
-}
-
-template <int COLS>
-void linear_columns(const Op& op, const Frame& f, int64_t n0, int64_t n1) {
-  int64_t b = 0;
-  const auto strip = [&](auto rows) {
-    constexpr int ROWS = decltype(rows)::value;
-    for (int64_t n = n0; n < n1; n += COLS) {
-      if (b == 0) linear_tile<ROWS, COLS, true>(op, f, b, n);
-      else linear_tile<ROWS, COLS, false>(op, f, b, n);
-    }
-    b += ROWS;
-  };
-  while (f.B - b >= 3) strip(std::integral_constant<int, 3>{});
-  if (f.B - b == 2) strip(std::integral_constant<int, 2>{});
-  if (f.B - b == 1) strip(std::integral_constant<int, 1>{});
 }
 
 void linear(const Op& op, const Frame& f) {
   constexpr int64_t kBlock = 4;  // rows of W that stay in L1 while the rows of x go by
-  int64_t n, end;
-  f.part(op.outputs / op.unit, n, end);
-  n *= op.unit, end *= op.unit;
-  for (; n + 2 <= end;) {
-    const int64_t next = std::min(n + kBlock, end - (end - n) % 2);
-    linear_columns<2>(op, f, n, next);
-    n = next;
+  int64_t begin, end;
+  f.part(op.outputs / op.unit, begin, end);
+  begin *= op.unit, end *= op.unit;
+  for (int64_t n = begin; n < end; n += kBlock) {
+    const int64_t n1 = std::min(n + kBlock, end);
+    int64_t b = 0;
+    for (; b + 4 <= f.B; b += 4) linear_rows<4>(op, f, b, n, n1);
+    if (f.B - b == 3) linear_rows<3>(op, f, b, n, n1);
+    if (f.B - b == 2) linear_rows<2>(op, f, b, n, n1);
+    if (f.B - b == 1) linear_rows<1>(op, f, b, n, n1);
   }
-  if (n < end) linear_columns<1>(op, f, n, end);
 }
 
 // ---- y = x / rms(x) * weight, or (x - mean) / deviation * weight + bias: refs x, y; constants weight, bias (or none);
