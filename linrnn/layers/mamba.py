@@ -30,8 +30,6 @@ from linrnn.layers.time_step import check_time_steps, dt_bias_
 from linrnn.ops import selective_scan
 from linrnn.ops.step_program import Ref, StepProgram
 
-NORM_EPS = 1e-6  # FalconMamba's
-
 
 class MambaState(NamedTuple):
     """conv (B, W-1, d_inner), the inputs of the convolution, and ssm (B, d_inner, N), the h of the equations.
@@ -61,6 +59,7 @@ class Mamba(RecurrentLayer):
         conv_bias: whether the convolution has a bias.
         bias: whether W_in and W_out have.
         bcdt_norm: whether δ, B and C are divided by their root mean squares, as in FalconMamba.
+        bcdt_norm_eps: added to those mean squares.
     """
 
     state_type = MambaState
@@ -80,17 +79,19 @@ class Mamba(RecurrentLayer):
         conv_bias: bool = True,
         bias: bool = False,
         bcdt_norm: bool = False,
+        bcdt_norm_eps: float = 1e-6,
     ):
         super().__init__(d_model)
         self.d_state = positive_int("d_state", d_state)
         self.d_inner = positive_int("expand", expand) * d_model
         self.dt_rank = -(-d_model // 16) if dt_rank is None else positive_int("dt_rank", dt_rank)
         check_time_steps(dt_min, dt_max)
-        for name, value in (("dt_scale", dt_scale), ("dt_init_floor", dt_init_floor)):
+        positive = {"dt_scale": dt_scale, "dt_init_floor": dt_init_floor, "bcdt_norm_eps": bcdt_norm_eps}
+        for name, value in positive.items():
             if not finite(value) or not value > 0:
                 raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
         self.dt_min, self.dt_max, self.dt_scale, self.dt_init_floor = dt_min, dt_max, dt_scale, dt_init_floor
-        self.bcdt_norm = bcdt_norm
+        self.bcdt_norm, self.bcdt_norm_eps = bcdt_norm, bcdt_norm_eps
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
         self.conv1d = ShortConv(self.d_inner, width=positive_int("d_conv", d_conv), bias=conv_bias)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False)
@@ -181,7 +182,7 @@ class Mamba(RecurrentLayer):
         )
         if self.bcdt_norm:
             for part in (δ, B, C):
-                program.norm(part, None, eps=NORM_EPS, out=part)
+                program.norm(part, None, eps=self.bcdt_norm_eps, out=part)
         dt = program.linear(δ, self.dt_proj.weight, self.dt_proj.bias)
         y = program.selective(u, dt, self.A(), B, C, self.D, z, local=True)
         linear(program, y, self.out_proj, out=out, add=add)
@@ -194,11 +195,11 @@ class Mamba(RecurrentLayer):
         """Maps x (B, T, d_inner) to W_dt δ, as wide, and B and C (B, T, N)."""
         δ, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), -1)
         if self.bcdt_norm:
-            δ, B, C = (rms_norm(s) for s in (δ, B, C))
+            δ, B, C = (rms_norm(s, self.bcdt_norm_eps) for s in (δ, B, C))
         return F.linear(δ, self.dt_proj.weight), B, C
 
 
-def rms_norm(s: Tensor) -> Tensor:
+def rms_norm(s: Tensor, eps: float) -> Tensor:
     """Divides s (..., N) by its root mean square, computed in at least float32."""
     wide = s.to(accumulation_dtype(s.dtype))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)).to(s.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(s.dtype)

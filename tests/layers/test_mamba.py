@@ -188,6 +188,7 @@ def test_what_does_not_decay() -> None:
         ({"dt_max": "0.1"}, "dt_min, dt_max: expected 0 < dt_min <= dt_max < inf, got 0.001, '0.1'"),
         ({"dt_init_floor": float("inf")}, "dt_init_floor: expected a finite number > 0, got inf"),
         ({"dt_scale": 0.0}, "dt_scale: expected a finite number > 0, got 0.0"),
+        ({"bcdt_norm_eps": 0.0}, "bcdt_norm_eps: expected a finite number > 0, got 0.0"),
         ({"dt_init_floor": -1e-4}, "dt_init_floor: expected a finite number > 0, got -0.0001"),
     ],
 )

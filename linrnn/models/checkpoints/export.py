@@ -96,8 +96,9 @@ def describe(model: LanguageModel) -> dict[str, Any]:
 
 
 def mamba_fields(mixer: Mamba) -> dict[str, Any]:
+    falcon = {"model_type": "falcon_mamba", "mixer_rms_eps": mixer.bcdt_norm_eps}
     return {
-        "model_type": "falcon_mamba" if mixer.bcdt_norm else "mamba",
+        **(falcon if mixer.bcdt_norm else {"model_type": "mamba"}),
         "state_size": mixer.d_state,
         "conv_kernel": mixer.conv1d.width,
         "expand": mixer.d_inner // mixer.d_model,

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from linrnn.layers.mamba import NORM_EPS
 from linrnn.models.checkpoints.fields import Fields
 from linrnn.models.checkpoints.names import renamed
 
@@ -36,8 +35,6 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"intermediate_size: expected a multiple of hidden_size = {d_model}, got {d_inner}")
     automatic = fields.get("time_step_rank", "auto") == "auto"
     bcdt_norm = fields.get("model_type", "mamba") == "falcon_mamba"
-    if bcdt_norm:
-        fields.only("mixer_rms_eps", NORM_EPS)
     mixer_kwargs = {
         "d_state": fields.integer("state_size", 16),
         "d_conv": fields.integer("conv_kernel", 4),
@@ -51,6 +48,8 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "bias": fields.flag("use_bias", False),
         "bcdt_norm": bcdt_norm,
     }
+    if bcdt_norm:
+        mixer_kwargs["bcdt_norm_eps"] = fields.number("mixer_rms_eps", 1e-6)
     return {"mixer": "mamba", "mixer_kwargs": mixer_kwargs, **common_arguments(fields, d_model, 50280, True)}
 
 

@@ -20,7 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
         "norm_eps": 0.1,
         "mixer_kwargs": {"bias": True, "conv_bias": False, "d_state": 3, "d_conv": 3, "expand": 3, "dt_rank": 5},
     },
-    "mamba, normalised": {"mixer_kwargs": {"bcdt_norm": True}},
+    "mamba, normalised": {"mixer_kwargs": {"bcdt_norm": True, "bcdt_norm_eps": 0.1}},
     "mamba2": {"norm_eps": 1e-5},
     "mamba2, options": {
         "norm_eps": 0.1,
