@@ -204,3 +204,19 @@ def test_every_format_has_states() -> None:
     assert {folder.name for folder in STATES.glob("format-*")} == {
         f"format-{n + 1}" for n in range(state_files.VERSION)
     }
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_between_devices(tmp_path: Path) -> None:
+    here, there = make(), make().cuda()
+    there.load_state_dict(here.state_dict())
+    assert states.fingerprint(here) == states.fingerprint(there)
+    ids = torch.randint(V, (2, 7))
+    states.save(there(ids.cuda())[1], tmp_path / "state", model=there)
+    expected = here.step(ids[:, 0], states.load(tmp_path / "state", model=here))[0]
+    on_gpu = states.load(tmp_path / "state", model=there)
+    assert all(leaf.is_cuda for leaf in states.leaves(on_gpu))
+    pool = states.put(there.init_state(3), torch.tensor([2, 0]), on_gpu)
+    y = there.step(ids[[1, 0, 0], 0].cuda(), states.trim(pool, there))[0]
+    torch.testing.assert_close(y[[2, 0]].cpu(), expected, rtol=1e-3, atol=1e-3)
