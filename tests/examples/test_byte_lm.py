@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -194,16 +195,33 @@ def test_windows_of_every_length_predict_the_same_bytes():
     assert corpus.held_out_chunks(data[:17], 10**9, 16).shape == (1, 17)
 
 
-def test_a_rate_that_diverges_is_not_chosen(tmp_path, capsys):
+def test_the_curve_is_of_the_batches_between_its_points(tmp_path):
+    from byte_language_model import corpus, mixers, training
+
+    parts, settings = corpus.split({"a": text()}), small(evaluations=4)
+    cell = training.Cell("slru", 8, 5, 1e-20, 320)  # ten steps that change nothing
+    result = training.train(cell, settings, parts, tmp_path / "a.json")
+    torch.manual_seed(5)
+    model = mixers.build("slru", 16, 1)
+    batches = [corpus.training_batch(parts.train, 5, step, 2, 16) for step in range(10)]
+    costs = [float(training.bits(model, b, 8, 2, "cpu", nullcontext()).mean()) for b in batches]
+    assert [seen for seen, _, _ in result["curve"]] == [64, 160, 256, 320]
+    for (_, trained, _), some in zip(
+        result["curve"], (slice(0, 2), slice(2, 5), slice(5, 8), slice(8, 10)), strict=True
+    ):
+        assert trained == pytest.approx(sum(costs[some]) / len(costs[some]), rel=1e-5)
+
+
+def test_the_best_rate_is_chosen_and_one_that_diverges_is_not(tmp_path, capsys):
     import byte_lm
 
     (tmp_path / "a.txt").write_bytes(text())
     command = ["train", str(tmp_path / "a.txt"), "--preset", "test", "--mixers", "slru", "--seeds", "1", "--lengths"]
     command += ["16", "--batch-bytes", "32", "--cell-bytes", "320", "--trial-bytes", "320", "--no-samples"]
-    byte_lm.main([*command, "--rates", "1e30", "1e-3", "--out", str(tmp_path / "one")])
+    byte_lm.main([*command, "--rates", "1e30", "1e-2", "1e-6", "--out", str(tmp_path / "one")])
     assert "the loss is not finite" in capsys.readouterr().out
     result = json.loads((tmp_path / "one" / "slru-16-seed0.json").read_text())
-    assert result["cell"]["rate"] == 1e-3
+    assert result["cell"]["rate"] == 1e-2
     with pytest.raises(byte_lm.DivergedError, match="slru: none of the rates"):
         byte_lm.main([*command, "--rates", "1e30", "1e31", "--out", str(tmp_path / "two")])
 
