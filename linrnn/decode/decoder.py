@@ -62,7 +62,9 @@ class Decoder:
         if prefix_cache is not None:
             prefix_cache.bind(model)
         self._modules = tuple(model.modules())
-        self._device = next(model.parameters()).device
+        self._device = model.embed.weight.device
+        # a cache wants states at tokens of its own; on a CPU, one prompt keeps it busy
+        self._together = self._device.type != "cpu" and prefix_cache is None
         with torch.inference_mode(), evaluating(self._modules):
             self._step = model.frozen_step()
         self._rows: list[Row] = []  # in the batch; row i of the state is that of _rows[i]
@@ -83,7 +85,7 @@ class Decoder:
 
     @property
     def state(self) -> State:
-        """The state of the batch, a row for each of `active`, behind all their tokens but the last."""
+        """The state of the batch, a row for each of `active`, behind all their tokens but the last (for inference)."""
         return self._state
 
     def admit(
@@ -167,7 +169,7 @@ class Decoder:
 
     def _prefill(self, entering: list[Row]) -> list[State]:
         """Reads the prompts of new rows but for their last tokens; returns states, of one row each or of all."""
-        if self._device.type != "cpu" and self.prefix_cache is None:
+        if self._together:
             prompts = [row.prompt[:-1].to(self._device) for row in entering]
             return [prefill_together(self.model, prompts, [row.state for row in entering], self.prefill_chunk)]
         return [

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from linrnn import layers
 from linrnn.decode import state as states
 from linrnn.decode.decoder import Decoder
 from linrnn.decode.prefill import prefill_alone, prefill_together
@@ -92,6 +93,46 @@ def test_random_arrivals_and_departures(options: dict[str, Any], capacity: int |
         assert said[i] == whole[: len(said[i])] and (i in gone or len(said[i]) == len(whole))
 
 
+def both_ways(model: LanguageModel, device: str, together: bool) -> tuple[list[list[int]], list[list[int]]]:
+    """What is said of requests in three groups, on a device, and what each says alone, on the CPU."""
+    requests = some_requests(6)
+    lonely = [alone(model, request) for request in requests]
+    decoder = Decoder(model.to(device), capacity=5, prefill_chunk=8)
+    decoder._together = together
+    for request in requests:
+        decoder.admit(**request)
+        if request["seed"] % 2:
+            decoder.step()
+    while decoder.active or decoder.waiting:
+        decoder.step()
+    said = [decoder.retire(i) for i in range(6)]
+    return [d.tokens[-d.n_new :].tolist() for d in said], lonely
+
+
+@every_model
+def test_prompts_that_enter_together(options: dict[str, Any]) -> None:
+    """In one padded batch, as on a GPU."""
+    together, lonely = both_ways(some_model(**options), "cpu", together=True)
+    assert together == lonely
+
+
+@pytest.mark.gpu
+@every_model
+def test_on_a_gpu(options: dict[str, Any]) -> None:
+    together, lonely = both_ways(some_model(**options), "cuda", together=True)
+    assert together == lonely
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mixer", sorted({*layers.available()} - {"nystrom"}))  # that one looks ahead
+@pytest.mark.parametrize("together", [False, True])
+def test_every_layer(mixer: str, together: bool) -> None:
+    in_a_batch, lonely = both_ways(some_model(mixer=mixer), "cpu", together)
+    assert in_a_batch == lonely
+    model, ids = some_model(mixer=mixer), torch.randint(V, (6,))
+    assert alone(model, {"ids": ids, "max_new_tokens": 9}) == by_formula(model, ids, 9, -1)
+
+
 @every_model
 def test_a_sequence_goes_on_from_its_state(options: dict[str, Any]) -> None:
     """In another batch, with gradients if wanted: what `retire` returns are ordinary tensors."""
@@ -172,6 +213,23 @@ def test_a_batch_has_no_rows_of_what_has_ended(monkeypatch: pytest.MonkeyPatch) 
     for _ in range(9):
         decoder.step()
     assert sizes == [3, 4, 2, 2, 1, 1, 1, 1, 1, 1] and joined == [3, 2]
+
+
+def test_what_a_long_sequence_took_leaves_with_it() -> None:
+    """Caches that grow are as long as the longest text in the batch, also behind a retirement."""
+    decoder = Decoder(some_model(mixer="attention", n_layers=1))
+    long, short = decoder.admit([1] * 50, max_new_tokens=2), decoder.admit([2, 3], max_new_tokens=3)
+    other = decoder.admit([1] * 20)
+    columns = []
+    for _ in range(4):
+        decoder.step()
+        columns.append(decoder.state[0].k.shape[:2])
+    decoder.admit([1])
+    decoder.step()
+    decoder.retire(other)
+    columns.append(decoder.state[0].k.shape[:2])
+    assert columns == [(3, 50), (2, 21), (1, 22), (1, 23), (1, 1)]
+    assert decoder.retire(long).state[0].k.shape[1] == 51 and decoder.retire(short).state[0].k.shape[1] == 4
 
 
 @pytest.mark.parametrize("mixer", ["lru", "mamba"])
