@@ -19,7 +19,7 @@
 # A copied tree has no history: LINRNN_COMMIT=$(git describe --always) puts the commit into the tables.
 #
 # Each step runs whatever became of the others, within its own time limit. $OUT receives at most 8 files: summary.txt,
-# logs.tar.gz, the tables of the scan (quick, whole, sweep) and of the layer, and two plots. Exit code: 0 all passed,
+# logs.tar.gz (with the table of decoding), the tables of the scan (quick, whole, sweep) and of the layer, and two plots. Exit code: 0 all passed,
 # 1 something did not, 2 there is no GPU (then the steps that need none have run: see the summary).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -134,6 +134,8 @@ if "$python" -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 
     "$python" benchmarks/ssm.py --device cuda --groups mamba scan training --seconds 0.2 --no-write
   step selective_scan 60 '^\| |^- |wrong|Error' \
     "$python" benchmarks/selective_scan_gpu.py --seconds 40 --out "$work"
+  step decode 70 '^\| |^Reading|Error' \
+    "$python" benchmarks/decode.py --device cuda --dtype bfloat16 --contexts 1024 65536 --turns 2 --out "$logs"
   step sanitizer 90 '^--|SUMMARY|^=+ (Invalid|Error|Race)|calls|not on' bash -c sanitize
   third=$(($(left) / 3))
   [ "$third" -gt 20 ] && step sweep $((third + 30)) '^\|' \
@@ -149,6 +151,7 @@ else
   step sweep 60 "wrote|Error" "$python" benchmarks/scan_gpu.py --device cpu --dry-run --sweep --out "$work"
   step layer 60 "wrote|Error" "$python" benchmarks/layer_gpu.py --device cpu --dry-run --out "$work"
   step selective_scan 60 "wrote|Error" "$python" benchmarks/selective_scan_gpu.py --device cpu --dry-run --out "$work"
+  step decode 90 '^\| |Error' "$python" benchmarks/decode.py --size tiny --contexts 16 --turns 1 --tokens 4 --no-write
   step ssm 120 "^## |Error" "$python" benchmarks/ssm.py --groups scan --size 1 32 16 --seconds 0.01 --no-write
 fi
 

@@ -55,6 +55,7 @@ def test_every_step_in_its_order(check):
         "scan_quick",
         "layer",
         "ssm",
+        "decode",
         "sanitizer",
         "sweep",
         "scan",
