@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from linrnn.decode import state as states
+from linrnn.decode.fingerprint import differences
 from linrnn.layers.base import State, describe, positive_int
 from linrnn.models.language import LanguageModel
 
@@ -89,9 +90,10 @@ class PrefixCache:
                     "prefix_cache: holds states of an unknown model; clear() it or build it with model=..."
                 )
             if self._fingerprint not in (None, fingerprint):
+                other = " and ".join(differences(str(self._fingerprint), fingerprint))
                 raise ValueError(
-                    f"prefix_cache: holds states of another model ({self._fingerprint}, this one is {fingerprint}), or "
-                    "of this one before its weights changed; clear() it or use a cache for each model"
+                    f"prefix_cache: holds states of another model, or of this one before it changed (other {other}); "
+                    "clear() it or use a cache for each model"
                 )
             self._fingerprint = fingerprint
 
