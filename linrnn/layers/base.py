@@ -151,7 +151,14 @@ class RecurrentLayer(nn.Module):
             raise ValueError("state: a bidirectional layer takes none, it sees the whole sequence; expected None")
         if not isinstance(state, self.state_type):
             raise TypeError(f"state: expected {self.state_type.__name__} or None, got {type(state).__name__}")
-        for field, (shape, dtype) in self.state_spec().items():
+        spec = self.state_spec()
+        for field in getattr(state, "_fields", ()):
+            if field not in spec and getattr(state, field) is not None:
+                raise ValueError(
+                    f"state.{field}: expected None, this layer has no such part; got another layer's state"
+                )
+        growing: dict[str, int] = {}  # columns of the fields that grow, which they do together
+        for field, (shape, dtype) in spec.items():
             leaf = getattr(state, field)
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"state.{field}: expected a tensor, got {describe(leaf)}")
@@ -162,8 +169,12 @@ class RecurrentLayer(nn.Module):
             if not fits:
                 shown = ", ".join("any" if n is None else str(n) for n in expected)
                 raise ValueError(f"state.{field}: expected shape ({shown}), got {tuple(leaf.shape)}")
+            if None in shape:
+                growing[field] = leaf.shape[1 + shape.index(None)]
             if leaf.dtype != dtype if dtype is not None else not leaf.is_floating_point():
                 raise ValueError(f"state.{field}: expected {dtype or 'a floating point tensor'}, got {leaf.dtype}")
+        if any(n != next(iter(growing.values())) for n in growing.values()):
+            raise ValueError(f"state: expected {', '.join(growing)} of one length, got {list(growing.values())}")
 
 
 def blank_padding(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -210,3 +210,13 @@ def test_padding_leaves_the_state_as_it_was(T: int) -> None:
         for state in (layer.init_state(2), layer(x[:, :2])[1], layer(x)[1]):
             _, after = layer(x[:, :T], state, mask=torch.zeros(2, T, dtype=torch.bool))
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(after, state, strict=True))
+
+
+def test_states_of_other_attentions_are_refused() -> None:
+    layer, x = Attention(16, n_heads=2), torch.randn(2, 3, 16)
+    state = layer(x)[1]
+    with pytest.raises(ValueError, match="state: expected k, v of one length, got \\[3, 2\\]"):
+        layer(x, state._replace(v=state.v[:, 1:]))
+    other = Attention(16, n_heads=2, window=4, sink=1)
+    with pytest.raises(ValueError, match="state.sink_k: expected None"):
+        layer(x, other(x)[1])
