@@ -65,6 +65,6 @@ def pack(
     return _PACK(kind, barrier, outputs, unit, size, option, eps, *words, *addresses)
 
 
-def run(ops: bytes, n_ops: int, slots: bytes, batch: int) -> None:
-    """Runs packed operations on `batch` rows, with torch's number of threads; `slots` are packed addresses."""
-    library().linrnn_step(ops, n_ops, slots, batch, torch.get_num_threads())
+def run(ops: bytes, n_ops: int, slots: bytes, batch: int, parallel: bool) -> None:
+    """Runs packed operations on `batch` rows, with torch's threads if `parallel`; `slots` are packed addresses."""
+    library().linrnn_step(ops, n_ops, slots, batch, torch.get_num_threads() if parallel else 1)

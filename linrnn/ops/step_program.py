@@ -18,6 +18,8 @@ from linrnn.kernels.tensors import resolved
 from linrnn.ops._backend import choose
 
 INPUT, ARENA, OUTPUT, STATES = range(4)  # slots; each leaf of the state has two behind STATES: before and after
+# Weights of an operation, on average, below which the threads would wait for each other longer than they read.
+MIN_WEIGHTS = 16_384
 
 
 class StepProgram:
@@ -161,6 +163,8 @@ class StepProgram:
         It raises ValueError for leaves of another number, shape or dtype: what it reads lies at addresses.
         """
         ops, n_ops, leaves, constants = b"".join(self._ops), len(self._ops), self.leaves, self._constants
+        # not by the batch: a row's numbers must not depend on it, and threads are what channels are dealt out to
+        parallel = sum(c.numel() for c in constants) >= MIN_WEIGHTS * n_ops
         packer, arena_width, d_in, d_out = (
             struct.Struct(f"{STATES + 2 * len(leaves)}q").pack,
             self._arena,
@@ -190,7 +194,7 @@ class StepProgram:
                 next_leaf = torch.empty_like(leaf)
                 after.append(next_leaf)
                 addresses += (leaf.data_ptr(), next_leaf.data_ptr())
-            run(ops, n_ops, packer(*addresses), B)
+            run(ops, n_ops, packer(*addresses), B, parallel)
             return y, after
 
         return call

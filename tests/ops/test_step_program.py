@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from linrnn.ops import causal_conv1d, diagonal_step, selective_scan
+from linrnn.ops import causal_conv1d, diagonal_step, selective_scan, step_program
 from linrnn.ops._backend import choose
 from linrnn.ops.step_program import StepProgram
 
@@ -152,8 +152,9 @@ def everything(D):
 
 @pytest.mark.parametrize("threads", (1, 2, 3))
 @pytest.mark.parametrize("D", (13, 64))
-def test_a_row_does_not_see_the_others(D, threads):
+def test_a_row_does_not_see_the_others(D, threads, monkeypatch):
     """Bit for bit, whatever the batch and whatever its neighbours hold."""
+    monkeypatch.setattr(step_program, "MIN_WEIGHTS", 0)
     program = everything(D)
     call, x, states = program.function(), torch.randn(9, D), state_of(program, 9)
     torch.set_num_threads(threads)
@@ -207,6 +208,25 @@ def test_what_would_read_past_the_end_is_refused(change, message):
     program = everything(13)
     with pytest.raises(ValueError, match=message):
         program.function()(*change(torch.randn(2, 13), state_of(program, 2)))
+
+
+@pytest.mark.parametrize("D", (13, 64, 130))
+def test_threads_share_the_work(D, monkeypatch):
+    """Two or three threads compute what one does, each its channels."""
+    program = everything(D)
+    x, states = torch.randn(2, D), state_of(program, 2)
+    y, after = program.function()(x, states)
+    monkeypatch.setattr(step_program, "MIN_WEIGHTS", 0)
+    call = program.function()
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        try:
+            other, after_threads = call(x, states)
+        finally:
+            torch.set_num_threads(1)
+        close(other, y)
+        for ours, wanted in zip(after_threads, after, strict=True):
+            close(ours, wanted)
 
 
 def test_weights_are_read_where_they_are():
