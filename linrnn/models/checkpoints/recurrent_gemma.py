@@ -72,7 +72,7 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "norm": "rms",
         "norm_eps": positive(fields, "rms_norm_eps", 1e-6),
         # theirs holds this number in bfloat16, whatever the dtype of the model
-        "embed_scale": torch.tensor(d_model**0.5, dtype=torch.bfloat16).item(),
+        "embed_scale": torch.tensor(d_model**0.5, dtype=torch.bfloat16, device="cpu").item(),
         "logit_soft_cap": positive(fields, "logits_soft_cap", 30.0),
     }
 
