@@ -38,7 +38,7 @@ def write(folder: Path, target: Path) -> None:
     results = whole_seeds(read(folder))
     trials = [json.loads(path.read_text()) for path in sorted((folder / "rates").glob("*.json"))]
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target.with_suffix(".md"), table(results, trials).encode())
+    write_whole(target.with_suffix(".md"), table(results, trials, target.with_suffix(".png").name).encode())
     plot(results, target.with_suffix(".png"))
     print(f"wrote {target.with_suffix('.md')} and {target.with_suffix('.png')}")
 
@@ -79,10 +79,11 @@ def spread(values: Sequence[float], sign: str = "") -> str:
     return f"{statistics.fmean(values):{sign}.3f}{deviation} ({len(values)})"
 
 
-def table(results: Sequence[Result], trials: Sequence[Result]) -> str:
+def table(results: Sequence[Result], trials: Sequence[Result], picture: str) -> str:
     groups, first = grouped(results), results[0]
     mixers = order(groups)
-    lines = [*head(results), "## Bits per byte on the test files", ""]
+    lines = [*head(results), f"![Loss against bytes, window and position]({picture})", ""]
+    lines += ["## Bits per byte on the test files", ""]
     lines += ["Mean ± standard deviation over seeds (their number).", ""]
     windows = lengths(groups)
     change = f" {windows[0]} to {windows[-1]} |" if len(windows) > 1 else ""
@@ -135,11 +136,13 @@ def differences(groups: Group, one: tuple[str, int], other: tuple[str, int]) -> 
 
 def claim(groups: Group) -> list[str]:
     """Whether each neighbour in the claimed ranking is better than the next, seed by seed."""
-    lines = [
-        f"Claimed: {' > '.join(LABELS[name] for name in CLAIM)} (better > worse). Bits of the second minus bits of"
-    ]
-    lines += ["the first, mean ± standard deviation (seeds), and in how many seeds the first is better:", ""]
     windows = lengths(groups)
+    lines = ["## The ranking", "", f"Claimed, better > worse: {ranking(CLAIM)}.", ""]
+    for n in windows:
+        seen = sorted((name for name in LABELS if (name, n) in groups), key=lambda name: mean(groups[name, n], "test"))
+        lines += [f"- Seen at window {n}: {ranking(seen)}."]
+    lines += ["", "Pairs of the claim: bits of the second minus bits of the first, mean ± standard deviation (seeds),"]
+    lines += ["and in how many seeds the first is better.", ""]
     lines += [f"| pair |{''.join(f' window {n} |' for n in windows)}", f"| --- |{' ---: |' * len(windows)}"]
     for better, worse in pairwise(CLAIM):
         cells = [f"{LABELS[better]} > {LABELS[worse]}"]
@@ -149,6 +152,10 @@ def claim(groups: Group) -> list[str]:
             cells.append(f"{spread(values, '+')}, {held} of {len(values)}" if values else "-")
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def ranking(names: Sequence[str]) -> str:
+    return " > ".join(LABELS[name] for name in names)
 
 
 def bins(length: int) -> list[tuple[int, int]]:

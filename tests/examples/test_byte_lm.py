@@ -1,7 +1,9 @@
 """examples/byte_lm.py: what it compares is comparable, and the whole of it runs, in seconds."""
 
 import json
+import re
 import runpy
+import shlex
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -66,6 +68,7 @@ def test_the_report_shows_every_mixer_and_says_what_ran(trained, tmp_path):
     table = (tmp_path / "sub" / "table.md").read_text()
     for label in LABELS.values():
         assert table.count(f"\n| {label} |") == 3  # the losses, and those by position in each of two windows
+    assert table.count("\n- Seen at window ") == 2 and "](table.png)" in table
     assert linrnn.__version__ in table and "fingerprint" in table and "d_model 32" in table
     assert (tmp_path / "sub" / "table.png").read_bytes().startswith(b"\x89PNG")
 
@@ -290,3 +293,13 @@ def test_the_command_line_says_what_is_wrong_in_a_line(examples, tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["byte_lm.py", "report", "--out", str(tmp_path / "nosuch")])
     with pytest.raises(SystemExit, match=r"^error: .*nosuch: no results there; `train` writes them$"):
         runpy.run_path(str(examples / "byte_lm.py"), run_name="__main__")
+
+
+def test_the_commands_of_the_docs_are_understood(examples):
+    import byte_lm
+
+    page = (examples.parent / "docs" / "language_models.md").read_text() + byte_lm.__doc__
+    commands = re.findall(r"^ *python examples/byte_lm\.py (.*)$", page, re.M)
+    assert len(commands) >= 8
+    for command in commands:
+        byte_lm.parser().parse_args(shlex.split(command, comments=True))
