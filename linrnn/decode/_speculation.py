@@ -102,7 +102,8 @@ class Speculation:
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """Goes on with these rows only."""
-        self.target, self.guess = states.select(self.target, rows), states.select(self.guess, rows)
+        self.target = trimmed(states.select(self.target, rows), self.model)
+        self.guess = trimmed(states.select(self.guess, rows), self.draft)
         self.tails = [self.tails[row] for row in rows]
         self.generators = [self.generators[row] for row in rows]
         if self.seen is not None:
@@ -173,8 +174,8 @@ class Speculation:
             self.acceptance.replays += 1
             _, self.target = self.model.features(ids, self.target, mask=mask)
             self.tails = [tail[-1:] for tail in self.tails]
-        if len(new) > 1 and self.model.state_size is None:
-            self.target = states.trim(self.target, self.model)
+        if len(new) > 1:
+            self.target = trimmed(self.target, self.model)
 
     def _roll_back(self, snapshots: list[State], last: Tensor, accepted: list[int]) -> None:
         """Takes the draft's states up again behind the accepted tokens: they were kept."""
@@ -186,9 +187,8 @@ class Speculation:
             return
         together = states.concatenate([snapshots[n] for n in used])
         B = len(accepted)
-        self.guess = states.select(together, [used.index(n + 1) * B + row for row, n in enumerate(accepted)])
-        if self.draft.state_size is None:
-            self.guess = states.trim(self.guess, self.draft)
+        rows = [used.index(n + 1) * B + row for row, n in enumerate(accepted)]
+        self.guess = trimmed(states.select(together, rows), self.draft)
 
     def _padded(self, tails: list[list[int]]) -> tuple[Tensor, Tensor | None]:
         """Returns tails as ids (B, T), padded on the left, and their mask, None if they are of one length."""
@@ -200,6 +200,11 @@ class Speculation:
 
     def _column(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.model.embed.weight.device)
+
+
+def trimmed(state: State, model: LanguageModel) -> State:
+    """Returns a state without columns of growing caches that no row has: padding, or what was rolled back."""
+    return states.trim(state, model) if model.state_size is None else state
 
 
 def with_token(seen: Tensor | None, token: Tensor) -> Tensor | None:

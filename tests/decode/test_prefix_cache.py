@@ -66,7 +66,7 @@ def test_finds_what_a_list_finds(entries: int) -> None:
             if state is not None:
                 assert torch.equal(state[0], some_state(number(ids[:length]))[0])
                 hits += 1
-        assert len(cache) == len(plain.kept)
+        assert len(cache) == len(plain.kept) and set(cache._lengths) == set(map(len, plain.kept))
         assert cache.statistics.nbytes == 16 * len(cache) <= cache.max_bytes
     assert cache.statistics.hits == hits > 50
     assert cache.statistics.evicted > 100 or entries == 50
