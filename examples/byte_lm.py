@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from byte_language_model import corpus as texts
@@ -157,7 +158,7 @@ def train(args: argparse.Namespace) -> None:
 def settings_of(args: argparse.Namespace) -> Settings:
     """The preset with what the command line says instead."""
     names = ("d_model", "n_layers", "cell_bytes", "trial_bytes", "batch_bytes", "lengths", "rates")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return replace(PRESETS[args.preset], **{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
 
 
