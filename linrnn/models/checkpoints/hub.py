@@ -38,7 +38,7 @@ def download(source: str, revision: str | None, files: Sequence[str]) -> Path:
     Raises:
         ImportError: huggingface_hub is not installed.
         FileNotFoundError: no such repository or revision, or none that one may read.
-        ConnectionError: the hub cannot be reached, and the cache does not have the files.
+        ConnectionError: the hub cannot be reached or breaks off, and the cache does not have the files.
     """
     try:
         from huggingface_hub import errors, snapshot_download
@@ -60,6 +60,11 @@ def download(source: str, revision: str | None, files: Sequence[str]) -> Path:
             f"{at}: neither a folder here nor on the hub; if it is private or gated, ask for access and log in "
             f"with `hf auth login` ({first_line(error)})"
         ) from error
+    except Exception as error:
+        # an answer of the hub that is no file, or an error of the client's own HTTP library, whichever that is
+        if not isinstance(error, errors.HfHubHTTPError) and not type(error).__module__.startswith("httpx"):
+            raise
+        raise ConnectionError(f"{at}: the download broke off, run again to go on ({first_line(error)})") from error
 
 
 def first_line(error: BaseException) -> str:

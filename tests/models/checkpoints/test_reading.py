@@ -324,6 +324,9 @@ def test_the_hub_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         (errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError), FileNotFoundError, "hf auth login"),
         (errors.GatedRepoError.__new__(errors.GatedRepoError), FileNotFoundError, "private or gated"),
         (errors.RevisionNotFoundError.__new__(errors.RevisionNotFoundError), FileNotFoundError, "at revision 'v9'"),
+        (errors.HfHubHTTPError.__new__(errors.HfHubHTTPError), ConnectionError, "broke off, run again to go on"),
+        (type("ReadError", (Exception,), {"__module__": "httpx"})("gone"), ConnectionError, r"broke off.*\(gone\)"),
+        (RecursionError("a bug"), RecursionError, "a bug"),
     ):
 
         def refuse(*_: Any, error: Exception = error, **__: Any) -> None:
