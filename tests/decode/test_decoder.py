@@ -275,6 +275,22 @@ def test_prompts_read_together(options: dict[str, Any]) -> None:
                         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+def test_long_prompts_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = some_model(), []
+    features = model.features
+    monkeypatch.setattr(
+        model, "features", lambda ids, *a, **k: (read.append(tuple(ids.shape)), features(ids, *a, **k))[1]
+    )
+    for together, expected in ((False, [(1, 8), (1, 8), (1, 3), (1, 8)]), (True, [(2, 4)] * 4 + [(2, 3)])):
+        decoder = Decoder(model, prefill_chunk=8)
+        decoder._together = together
+        decoder.admit([1] * 20)
+        decoder.admit([1] * 9)
+        decoder.step()
+        assert read == expected
+        read.clear()
+
+
 @pytest.mark.parametrize("mixer", ["lru", "attention"])
 def test_known_prefixes_are_not_read_again(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = some_model(mixer=mixer)
