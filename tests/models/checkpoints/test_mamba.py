@@ -224,6 +224,25 @@ def test_defaults_are_those_of_transformers() -> None:
         assert module.arguments(nulls) == expected
 
 
+def test_leftovers_in_official_configs() -> None:
+    # of the conversion from mamba_ssm, and of older versions of transformers
+    leftovers = {
+        "d_inner": 1536,
+        "d_model": 768,
+        "n_layer": 24,
+        "ssm_cfg": {},
+        "fused_add_norm": True,
+        "rms_norm": True,
+    }
+    config = {"model_type": "mamba", "hidden_size": 768, "intermediate_size": 1536, "time_step_rank": 48, **leftovers}
+    assert not original.is_original(config)
+    assert mamba.arguments(config)["mixer_kwargs"] == mamba.arguments({})["mixer_kwargs"] | {"dt_rank": 48}
+    falcon = {"model_type": "falcon_mamba", "hidden_size": 4096, "expand": 16, "intermediate_size": 8192}
+    assert mamba.arguments(falcon)["mixer_kwargs"]["expand"] == 2
+    codestral = {"norm_before_gate": True, "rms_norm": True, "time_step_limit": [0.0, float("inf")]}
+    assert mamba2.arguments(codestral) == mamba2.arguments({})
+
+
 @pytest.mark.parametrize(
     ("module", "field", "value", "message"),
     [
