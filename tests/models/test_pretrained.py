@@ -91,6 +91,14 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
     assert torch.equal(SequenceClassifier.from_pretrained(tmp_path)(x), model(x))
 
 
+def test_a_file_that_is_being_read_stays_whole(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    with (tmp_path / CONFIG).open("rb") as config, (tmp_path / WEIGHTS).open("rb") as weights:
+        make(d_model=32).save_pretrained(tmp_path)
+        assert {CONFIG: config.read(), WEIGHTS: weights.read()} == before
+
+
 def test_not_a_checkpoint_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"missing-folder: no such folder, nor a hub id"):
         SequenceClassifier.from_pretrained(tmp_path / "missing-folder")

@@ -79,3 +79,11 @@ def test_migrations_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setitem(migrations.MIGRATIONS, now + i, renaming(names[i], names[i + 1]))
     ids = torch.randint(5, (2, 7))
     assert torch.equal(LanguageModel.from_pretrained(tmp_path)(ids)[0], model(ids)[0])
+
+
+def test_without_a_number_it_is_the_first_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setitem(migrations.MIGRATIONS, 1, lambda name, *content: seen.append(name) or content)
+    LanguageModel.from_pretrained(CHECKPOINTS / "format-1" / "tied_hybrid")
+    LanguageModel.from_pretrained(CHECKPOINTS / "format-2" / "tied_hybrid")
+    assert seen == ["LanguageModel"]
