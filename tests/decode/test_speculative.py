@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from linrnn import layers
 from linrnn.decode import _speculation
 from linrnn.decode import state as states
 from linrnn.decode._speculation import Speculation
@@ -22,18 +23,19 @@ MIXERS: list[Any] = ["lru", "attention", ["rglru", "attention"], "mamba"]
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 0]]
 
 
-def language_model(mixer: Any, seed: int = 0, vocab_size: int = V, sharpness: float = 3.0) -> LanguageModel:
+def language_model(
+    mixer: Any, seed: int = 0, vocab_size: int = V, sharpness: float = 3.0, **kwargs: Any
+) -> LanguageModel:
     torch.manual_seed(seed)
-    model = LanguageModel(vocab_size, mixer=mixer, d_model=16, n_layers=2, mixer_kwargs=None).double().eval()
+    model = LanguageModel(vocab_size, mixer=mixer, d_model=16, n_layers=2, **kwargs).double().eval()
     with torch.no_grad():
         model.head.weight *= sharpness
     return model
 
 
-def good_draft(model: LanguageModel, mixer: Any = "lru", noise: float = 0.15) -> LanguageModel:
+def good_draft(model: LanguageModel, mixer: Any = "lru", noise: float = 0.15, **kwargs: Any) -> LanguageModel:
     """The model with noise on its weights."""
-    torch.manual_seed(7)
-    draft = language_model(mixer)
+    draft = language_model(mixer, seed=7, **kwargs)
     draft.load_state_dict(model.state_dict())
     with torch.no_grad():
         for p in draft.parameters():
@@ -59,6 +61,15 @@ def test_greedy_tokens_are_those_of_generate(mixer: Any, kind: str, n_draft: int
     assert counts.judged <= counts.drafted == n_draft * counts.rounds
     assert (counts.accepted == counts.judged) == (kind == "same")
     assert counts.accepted > 0 or kind in ("bad", "attention")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [name for name in layers.available() if layers.build(name, 16).causal])
+def test_every_layer_is_rolled_back(name: str) -> None:
+    model = language_model(name, ffn="channel_mix")
+    for draft in (good_draft(model, name, ffn="channel_mix"), language_model("lru", seed=1)):
+        ours = speculative(model, draft, PROMPTS, 30, pad_id=0, n_draft=3)
+        assert torch.equal(ours, generate(model, PROMPTS, 30, pad_id=0))
 
 
 def test_padded_prompts() -> None:
