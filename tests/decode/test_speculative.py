@@ -33,7 +33,7 @@ def language_model(
     return model
 
 
-def good_draft(model: LanguageModel, mixer: Any = "lru", noise: float = 0.15, **kwargs: Any) -> LanguageModel:
+def good_draft(model: LanguageModel, mixer: Any = "lru", noise: float = 0.3, **kwargs: Any) -> LanguageModel:
     """The model with noise on its weights."""
     draft = language_model(mixer, seed=7, **kwargs)
     draft.load_state_dict(model.state_dict())
@@ -64,7 +64,7 @@ def test_greedy_tokens_are_those_of_generate(mixer: Any, kind: str, n_draft: int
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", [name for name in layers.available() if layers.build(name, 16).causal])
+@pytest.mark.parametrize("name", [n for n in layers.available() if n != "nystrom"])
 def test_every_layer_is_rolled_back(name: str) -> None:
     model = language_model(name, ffn="channel_mix")
     for draft in (good_draft(model, name, ffn="channel_mix"), language_model("lru", seed=1)):
@@ -104,9 +104,9 @@ def begun(
 @pytest.mark.parametrize(
     ("mixer", "dtype", "longest_tail"),
     [
-        *((mixer, torch.float64, 5) for mixer in MIXERS),
+        *((mixer, torch.float64, 3) for mixer in MIXERS),
         *((mixer, torch.float64, 1) for mixer in MIXERS[:2]),
-        *((mixer, torch.float32, 5) for mixer in ("lru", "mamba")),  # with compiled steps
+        *((mixer, torch.float32, 3) for mixer in ("lru", "mamba")),  # with compiled steps
     ],
     ids=str,
 )
@@ -141,7 +141,7 @@ def test_states_go_back_to_the_accepted_tokens(
                 ours, theirs = draft.step(whole[:, -1], guess)[0], draft(whole)[0][:, -1]
                 torch.testing.assert_close(ours, theirs, **tolerance)
     assert lengths == {1, 2, 3, 4}  # all that can be accepted was, and rows differed
-    assert counts.replays >= {1: 4, 5: 1}[longest_tail] and counts.calls == 10 + counts.replays
+    assert counts.replays >= {1: 4, 3: 1}[longest_tail] and counts.calls == 10 + counts.replays
     for owner, state in ((model, speculation.target), (draft, speculation.guess)):
         if owner.state_size is None:  # rolling back leaves no columns behind
             columns = {leaf.shape[1] for leaf in states.leaves(state) if leaf.ndim == 4}
@@ -160,7 +160,7 @@ SAMPLINGS = [
     ("kind", "options", "n_draft"),
     [
         *(("bad", options, 3) for options in SAMPLINGS),
-        *(("good", options, 2) for options in SAMPLINGS),
+        *(("good", options, 2) for options in SAMPLINGS[2:]),
         ("same", SAMPLINGS[0], 2),
         ("bad", SAMPLINGS[3], 1),
     ],
