@@ -34,7 +34,7 @@ using E = Exponential<float>;
 
 // `barrier` is whether an operation waits for all threads. Those that do not, run on channels that the same thread has
 // written: channels are dealt out by `outputs` and `unit` alone.
-enum Kind : int64_t { LINEAR, NORM, CONV, SELECTIVE, DIAGONAL, GATE, RGLRU, SHIFT };
+enum Kind : int64_t { LINEAR, NORM, CONV, SELECTIVE, DIAGONAL, GATE, RGLRU, SHIFT, HEADS, WKV };
 enum Activation : int64_t { IDENTITY, SILU, GELU_TANH, SIGMOID, SQUARED_RELU };
 
 constexpr float kLog2e = 1.4426950408889634f;
@@ -351,6 +351,67 @@ void shift(const Op& op, const Frame& f) {
   }
 }
 
+// ---- Mamba-2's heads: h = exp(dt A) h + dt B x^T, y = C h + D x, with dt = softplus(refs[1] + bias), clamped: refs x
+// (H P), dt (H), B, C (G N), y, h (H, N, P) before and after; constants A, D, bias (H) and the two limits of dt; outputs
+// H P; size N; option: P and the heads of a group, packed by 2^32. ----
+
+void heads(const Op& op, const Frame& f) {
+  int64_t begin, end;
+  f.part(op.outputs, begin, end);
+  const int64_t N = op.size, P = op.option & 0xffffffff, per_group = op.option >> 32;
+  const float *A = op.constants[0], *skip = op.constants[1], *bias = op.constants[2], *limits = op.constants[3];
+  for (int64_t b = 0; b < f.B; ++b) {
+    const float *x = f.at(op.refs[0], b), *logit = f.at(op.refs[1], b), *Bs = f.at(op.refs[2], b);
+    const float *Cs = f.at(op.refs[3], b), *before = f.at(op.refs[5], b);
+    float *y = f.at(op.refs[4], b), *after = f.at(op.refs[6], b);
+    for (int64_t d = begin, next; d < end; d = next) {
+      const int64_t h = d / P, first = h * P, group = h / per_group * N;
+      next = std::min(end, first + P);
+      float dt = softplus(logit[h] + bias[h]);
+      dt = dt < limits[0] ? limits[0] : dt > limits[1] ? limits[1] : dt;
+      const float decay = exponential(dt * A[h]);
+      LINRNN_INDEPENDENT
+      for (int64_t i = d; i < next; ++i) y[i] = skip[h] * x[i];
+      for (int64_t n = 0; n < N; ++n) {
+        const float write = dt * Bs[group + n], read = Cs[group + n];
+        const int64_t row = (h * N + n) * P - first;
+        LINRNN_INDEPENDENT
+        for (int64_t i = d; i < next; ++i) {
+          const float s = decay * before[row + i] + write * x[i];
+          after[row + i] = s;
+          y[i] += read * s;
+        }
+      }
+    }
+  }
+}
+
+// ---- RWKV-4's attention, as wkv_reference in ops/wkv.py: refs k, v, y, then p, a, b before and after; constants the
+// log decay w and the bonus u. ----
+
+void wkv(const Op& op, const Frame& f) {
+  int64_t d0, d1;
+  f.part(op.outputs, d0, d1);
+  const float *w = op.constants[0], *u = op.constants[1];
+  for (int64_t row = 0; row < f.B; ++row) {
+    const float *k = f.at(op.refs[0], row), *v = f.at(op.refs[1], row), *p = f.at(op.refs[3], row);
+    const float *a = f.at(op.refs[4], row), *b = f.at(op.refs[5], row);
+    float *y = f.at(op.refs[2], row), *p_after = f.at(op.refs[6], row);
+    float *a_after = f.at(op.refs[7], row), *b_after = f.at(op.refs[8], row);
+    LINRNN_INDEPENDENT
+    for (int64_t d = d0; d < d1; ++d) {
+      const float boosted = u[d] + k[d], top = p[d] > boosted ? p[d] : boosted;
+      const float past = exponential(p[d] - top), now = exponential(boosted - top);
+      y[d] = (past * a[d] + now * v[d]) / (past * b[d] + now);
+      const float decayed = p[d] + w[d], larger = decayed > k[d] ? decayed : k[d];
+      const float kept = exponential(decayed - larger), added = exponential(k[d] - larger);
+      p_after[d] = larger;
+      a_after[d] = kept * a[d] + added * v[d];
+      b_after[d] = kept * b[d] + added;
+    }
+  }
+}
+
 void run(const Op& op, const Frame& f) {
   switch (op.kind) {
     case LINEAR: return linear(op, f);
@@ -361,6 +422,8 @@ void run(const Op& op, const Frame& f) {
     case GATE: return with_activation(op.option, [&](auto act) { gate<decltype(act)::value>(op, f); });
     case RGLRU: return rglru(op, f);
     case SHIFT: return shift(op, f);
+    case HEADS: return heads(op, f);
+    case WKV: return wkv(op, f);
   }
 }
 

@@ -25,6 +25,8 @@ class Kind(enum.IntEnum):
     GATE = 5
     RGLRU = 6
     SHIFT = 7
+    HEADS = 8
+    WKV = 9
 
 
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "sigmoid": 3, "squared_relu": 4}

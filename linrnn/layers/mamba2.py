@@ -7,6 +7,7 @@
 Linear attention with C as q, B as k, Δ x as v, and a decay for every head and token.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,11 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, finite, positive_int
+from linrnn.layers.base import (
+    RecurrentLayer,
+    State,
+    StateSpec,
+    StepFn,
+    accumulation_dtype,
+    blank_padding,
+    finite,
+    positive_int,
+)
+from linrnn.layers.frozen import CannotEmit, compiled_step, linear, plain
 from linrnn.layers.heads import HeadNorm, count_heads, merge_heads, split_heads
 from linrnn.layers.short_conv import ShortConv
 from linrnn.layers.time_step import check_dt_limit, check_time_steps, dt_bias_
 from linrnn.ops import linear_attention
+from linrnn.ops.step_program import Ref, StepProgram
 
 
 class Mamba2State(NamedTuple):
@@ -137,6 +149,32 @@ class Mamba2(RecurrentLayer):
         y = merge_heads(o + self.D[:, None].to(u.dtype) * u) * F.silu(z)
         y = merge_heads(self.norm(split_heads(y, self.n_groups)))
         return self.out_proj(y), Mamba2State(conv, ssm)
+
+    def frozen_step(self) -> StepFn:
+        return compiled_step(self, self.d_model, self.init_state) or super().frozen_step()
+
+    def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
+        """Writes the step into a program; see `linrnn.layers.frozen`."""
+        plain(self.in_proj, self.conv, self.norm)
+        if type(self.in_proj) is not nn.Linear or self.norm.weight is None:
+            raise CannotEmit
+        weights = self.in_proj.weight.split(self.sizes)
+        biases = (None,) * 3 if self.in_proj.bias is None else self.in_proj.bias.split(self.sizes)
+        xBC = program.linear(x, weights[1], biases[1])
+        xBC = program.conv(xBC, self.conv.weight, self.conv.bias, activation="silu", local=True)
+        z, dt = (program.linear(x, weights[i], biases[i], local=True) for i in (0, 2))
+        GN, G = self.n_groups * self.d_state, self.n_groups
+        u, B, C = (
+            xBC.columns(start, n) for start, n in ((0, self.d_inner), (self.d_inner, GN), (self.d_inner + GN, GN))
+        )
+        limits = (0.0, math.inf) if self.dt_limit is None else self.dt_limit
+        y = program.heads(u, dt, -self.A_log.exp(), B, C, self.D, self.dt_bias, n_groups=G, limits=limits)
+        y = program.gate(z, y, activation="silu", out=y, local=True)
+        width = self.d_inner // G
+        for i, weight in enumerate(self.norm.weight.view(G, width)):
+            part = y.columns(i * width, width)
+            program.norm(part, weight, eps=self.norm.eps, out=part, local=i > 0)
+        linear(program, y, self.out_proj, out=out, add=add)
 
     def to_heads(self, s: Tensor) -> Tensor:
         """Gives the heads of each group its B or C: (B, T, G N) to (B, T, H, N)."""

@@ -112,17 +112,17 @@ class RGLRU(RecurrentLayer):
 
     def emit_recurrence(self, program: StepProgram, x: Ref) -> Ref:
         """Writes the gates and the recurrence into a program; returns where h is, dealt out by channels."""
-        width, gates = self.d_model // self.n_heads, []
-        for weight, bias in (
-            (self.recurrent_gate_weight, self.recurrent_gate_bias),
-            (self.input_gate_weight, self.input_gate_bias),
-        ):
-            logits = program.buffer(self.d_model)
-            for i in range(self.n_heads):
-                block, out = x.columns(i * width, width), logits.columns(i * width, width)
-                program.linear(block, weight[i].mT, bias[i], out=out, local=i > 0 or bool(gates))
-            gates.append(logits)
-        return program.rglru(x, *gates, -C * F.softplus(self.recurrent_param))
+        r, i = program.buffer(self.d_model), program.buffer(self.d_model)
+        width = self.d_model // self.n_heads
+        for head in range(self.n_heads):
+            block = x.columns(head * width, width)
+            for out, weight, bias in (
+                (r, self.recurrent_gate_weight, self.recurrent_gate_bias),
+                (i, self.input_gate_weight, self.input_gate_bias),
+            ):
+                columns = out.columns(head * width, width)
+                program.linear(block, weight[head].mT, bias[head], out=columns, local=head > 0 or out is i)
+        return program.rglru(x, r, i, -C * F.softplus(self.recurrent_param))
 
     def gate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Maps x (B, T, D) to σ(W x + b), (B, T, D), at least float32."""

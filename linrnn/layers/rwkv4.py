@@ -13,10 +13,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, positive_int
+from linrnn.layers.base import (
+    RecurrentLayer,
+    State,
+    StateSpec,
+    StepFn,
+    accumulation_dtype,
+    blank_padding,
+    positive_int,
+)
+from linrnn.layers.frozen import compiled_step, linear
 from linrnn.layers.token_shift import layer_ratios, token_shift
 from linrnn.layers.wkv_mix import minus_exp, no_past
 from linrnn.ops import WKVState, wkv
+from linrnn.ops.step_program import Ref, StepProgram
 
 
 class RWKV4State(NamedTuple):
@@ -83,12 +93,12 @@ class RWKV4(RecurrentLayer):
             self.time_mix_key.copy_(share**falling)
             self.time_mix_value.copy_(share**falling + 0.3 * rising)
             self.time_mix_receptance.copy_(share ** (0.5 * falling))
-        for linear in (self.key, self.value, self.receptance, self.output):
-            if self.zero_init and linear is not self.value:
-                nn.init.zeros_(linear.weight)
+        for projection in (self.key, self.value, self.receptance, self.output):
+            if self.zero_init and projection is not self.value:
+                nn.init.zeros_(projection.weight)
             else:
-                gain = max(1.0, linear.out_features / linear.in_features) ** 0.5
-                nn.init.orthogonal_(linear.weight, gain=gain)
+                gain = max(1.0, projection.out_features / projection.in_features) ** 0.5
+                nn.init.orthogonal_(projection.weight, gain=gain)
 
     def state_spec(self) -> StateSpec:
         dtype = accumulation_dtype(self.time_decay.dtype)
@@ -115,3 +125,17 @@ class RWKV4(RecurrentLayer):
         o, past = wkv(k, v, minus_exp(self.time_decay), self.time_first, past, reset=reset, mask=mask)
         last = last.to(past.p.dtype)
         return self.output(r.sigmoid() * o.to(r.dtype)), RWKV4State(last, *past)
+
+    def frozen_step(self) -> StepFn:
+        return compiled_step(self, self.d_model, self.init_state) or super().frozen_step()
+
+    def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
+        """Writes the step into a program; see `linrnn.layers.frozen`."""
+        mixes = (self.time_mix_key, self.time_mix_value, self.time_mix_receptance)
+        for_k, for_v, for_r = program.shift(x, mixes)
+        k = linear(program, for_k, self.key)
+        v = linear(program, for_v, self.value, local=True)
+        r = linear(program, for_r, self.receptance, local=True)
+        o = program.wkv(k, v, minus_exp(self.time_decay), self.time_first, local=True)
+        o = program.gate(r, o, activation="sigmoid", out=o, local=True)
+        linear(program, o, self.output, out=out, add=add)

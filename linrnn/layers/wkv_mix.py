@@ -5,10 +5,21 @@ import math
 import torch
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, finite, positive_int
+from linrnn.layers.base import (
+    RecurrentLayer,
+    State,
+    StateSpec,
+    StepFn,
+    accumulation_dtype,
+    blank_padding,
+    finite,
+    positive_int,
+)
+from linrnn.layers.frozen import CannotEmit, compiled_step, linear
 from linrnn.layers.ring import ring_init_
 from linrnn.ops import WKVState, wkv
 from linrnn.ops._running_max import nothing
+from linrnn.ops.step_program import Ref, StepProgram
 
 
 class WKVMix(RecurrentLayer):
@@ -39,8 +50,8 @@ class WKVMix(RecurrentLayer):
         """Draws new parameters: white x gives white r, k and v; u = 0: a token weighs as much as the last."""
         ring_init_(self.nu_log, self.gamma_log, self.r_min, self.r_max)
         nn.init.zeros_(self.gamma_log)  # the ring's normalisation would all but hide the current token
-        for linear in (self.receptance, self.key, self.value, self.output):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        for projection in (self.receptance, self.key, self.value, self.output):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
     def state_spec(self) -> StateSpec:
         dtype = accumulation_dtype(self.nu_log.dtype)
@@ -74,6 +85,20 @@ class WKVMix(RecurrentLayer):
         o, state = wkv(k, v, self.log_decay(), self.gamma_log, state, reset=reset, mask=mask)
         o = o.real if o.is_complex() else o
         return self.output(self.receptance(x).sigmoid() * o.to(k.dtype)), state
+
+    def frozen_step(self) -> StepFn:
+        return compiled_step(self, self.d_model, self.init_state) or super().frozen_step()
+
+    def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
+        """Writes the step into a program; see `linrnn.layers.frozen`."""
+        if self.numbers != 1:
+            raise CannotEmit
+        k = linear(program, x, self.key)
+        v = linear(program, x, self.value, local=True)
+        r = linear(program, x, self.receptance, local=True)
+        o = program.wkv(k, v, self.log_decay(), self.gamma_log, local=True)
+        o = program.gate(r, o, activation="sigmoid", out=o, local=True)
+        linear(program, o, self.output, out=out, add=add)
 
 
 def minus_exp(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ and models do so with all of theirs.
 """
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -88,11 +88,12 @@ class StepProgram:
         eps: float,
         centred: bool = False,
         out: Ref | None = None,
+        local: bool = False,
     ) -> Ref:
-        """The RMS norm of x, or the layer norm where `centred`. It may be in place."""
+        """The RMS norm of x, or the layer norm where `centred`. It may be in place. A thread takes whole rows."""
         out = self.buffer(x.width) if out is None else out
         shape = {"outputs": 1, "size": x.width, "option": int(centred), "eps": eps}
-        return self._emit(Kind.NORM, (x, out), (weight, bias), out, False, **shape)
+        return self._emit(Kind.NORM, (x, out), (weight, bias), out, local, **shape)
 
     def conv(
         self, x: Ref, weight: Tensor, bias: Tensor | None, *, activation: str | None = None, local: bool = False
@@ -126,6 +127,34 @@ class StepProgram:
         begun, begun_after = self.state()
         refs = (x, recurrent, input, before, after, begun, begun_after)
         return self._emit(Kind.RGLRU, refs, (rate,), after, local, outputs=x.width)
+
+    def heads(
+        self,
+        x: Ref,
+        dt: Ref,
+        A: Tensor,
+        B: Ref,
+        C: Ref,
+        D: Tensor,
+        dt_bias: Tensor,
+        *,
+        n_groups: int,
+        limits: tuple[float, float],
+    ) -> Ref:
+        """The step of Mamba-2's heads, A, D and dt_bias (H), x (H P), B and C (G N); declares its state (H, N, P)."""
+        H, P, N = len(A), x.width // len(A), B.width // n_groups
+        before, after = self.state(H, N, P)
+        out = self.buffer(x.width)
+        refs = (x, dt, B, C, out, before, after)
+        shape = {"outputs": x.width, "size": N, "option": P + (H // n_groups << 32)}
+        return self._emit(Kind.HEADS, refs, (A, D, dt_bias, A.new_tensor(limits)), out, False, **shape)
+
+    def wkv(self, k: Ref, v: Ref, w: Tensor, u: Tensor, *, local: bool = False) -> Ref:
+        """The step of `wkv` with a real decay, w and u (N); declares its state, p, a and b (N)."""
+        states = [self.state(k.width) for _ in range(3)]
+        out = self.buffer(k.width)
+        refs = (k, v, out, *(before for before, _ in states), *(after for _, after in states))
+        return self._emit(Kind.WKV, refs, (w, u), out, local, outputs=k.width)
 
     def shift(self, x: Ref, mixes: Sequence[Tensor]) -> list[Ref]:
         """Mixes x with that of the token before by each of `mixes` (D), as in RWKV; declares its state (D)."""
@@ -200,7 +229,7 @@ class StepProgram:
         return call
 
 
-def can_run(parameters: Iterator[Tensor]) -> bool:
+def can_run(parameters: Iterable[Tensor]) -> bool:
     """Whether a program can hold these parameters: plain float32 on a CPU, with the compiled kernels there."""
     parameters = list(parameters)
     plain = all(type(p) in (Tensor, torch.nn.Parameter) and p.dtype == torch.float32 for p in parameters)

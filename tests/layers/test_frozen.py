@@ -21,6 +21,10 @@ COMPILED = {
     "mamba with norms": {"bcdt_norm": True, "bias": True, "conv_bias": False, "d_state": 13, "dt_rank": 3},
     "rglru": {},
     "griffin": {},
+    "mamba2": {},
+    "mamba2 with groups": {"n_groups": 2, "d_head": 4, "d_state": 5, "bias": True, "dt_limit": (0.01, 0.5)},
+    "rwkv4": {},
+    "token_mix": {"d_state": 21},
 }
 MODELS = {
     "mamba": {"mixer": "mamba", "ffn": None, "tie_embeddings": True},

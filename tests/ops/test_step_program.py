@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from linrnn.ops import causal_conv1d, diagonal_step, selective_scan, step_program
+from linrnn.ops import WKVState, causal_conv1d, diagonal_step, selective_scan, step_program, wkv
 from linrnn.ops._backend import choose
+from linrnn.ops._running_max import nothing
 from linrnn.ops.step_program import StepProgram
 
 pytestmark = pytest.mark.skipif(choose("auto", torch.zeros(1), ("cpu",)) != "cpu", reason="needs the compiled kernels")
@@ -113,6 +114,43 @@ def test_diagonal(N, dtype):
     assert torch.equal(y, torch.view_as_real(after).flatten(1) if dtype.is_complex else after)
 
 
+@pytest.mark.parametrize(("H", "P", "N", "G"), ((1, 1, 1, 1), (6, 5, 7, 3), (4, 32, 16, 1)))
+@pytest.mark.parametrize("limits", ((0.0, torch.inf), (0.5, 1.0)))
+def test_heads(H, P, N, G, limits):
+    A, D, bias = -torch.rand(H), torch.randn(H), torch.randn(H)
+    x = torch.randn(3, H * P + H + 2 * G * N)
+    program = StepProgram(x.shape[1], H * P)
+    starts = (0, H * P, H * P + H, H * P + H + G * N)
+    u, dt, B, C = (program.x.columns(s, n) for s, n in zip(starts, (H * P, H, G * N, G * N), strict=True))
+    y = program.heads(u, dt, A, B, C, D, bias, n_groups=G, limits=limits)
+    program.gate(y, out=program.y, local=True)
+    before = state_of(program, 3)
+    y, (after,) = program.function()(x, before)
+    u, dt, B, C = x.double().split((H * P, H, G * N, G * N), 1)
+    dt = F.softplus(dt + bias.double()).clamp(*limits)
+    u, (B, C) = u.view(3, H, P), (v.view(3, G, N).repeat_interleave(H // G, 1) for v in (B, C))
+    wanted = (dt * A.double()).exp()[..., None, None] * before[0].double() + torch.einsum("bh,bhn,bhp->bhnp", dt, B, u)
+    close(after, wanted)
+    close(y, (torch.einsum("bhn,bhnp->bhp", C, wanted) + D.double()[:, None] * u).flatten(1), 64 * EPS)
+
+
+@pytest.mark.parametrize("N", SIZES)
+def test_wkv(N):
+    w, u, x = -torch.rand(N), torch.randn(N), 4 * torch.randn(3, 2 * N)
+    program = StepProgram(2 * N, N)
+    k, v = program.x.columns(0, N), program.x.columns(N, N)
+    program.gate(program.wkv(k, v, w, u), out=program.y, local=True)
+    for past in (wkv(x[:, None, :N], x[:, None, N:], w, u)[1], None):  # and the first token
+        before = list(past or (torch.full((3, N), nothing(torch.float32)), torch.zeros(3, N), torch.zeros(3, N)))
+        y, after = program.function()(x, before)
+        k_t, v_t = x.double()[:, None].split(N, -1)
+        state = WKVState(*wide(*before))
+        wanted, last = wkv(k_t, v_t, w.double(), u.double(), state, backend="reference")
+        close(y, wanted[:, 0], 32 * EPS)
+        for ours, theirs in zip(after, last, strict=True):
+            close(ours, theirs, 32 * EPS)
+
+
 @pytest.mark.parametrize("D", SIZES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gate(D, activation):
@@ -144,6 +182,10 @@ def everything(D):
     x = program.selective(x, x, -torch.rand(D, 11), x.columns(0, 11), x.columns(1, 11), torch.randn(D), program.x)
     x = program.diagonal(program.linear(x, torch.randn(2 * D, D), unit=2), torch.rand(D) * (0.5 + 0.5j), torch.rand(D))
     x = program.rglru(program.linear(x, torch.randn(D, 2 * D) / D**0.5), program.x, program.x, -torch.rand(D))
+    x = program.wkv(x, program.x, -torch.rand(D), torch.randn(D))
+    x = program.heads(
+        x, program.x, -torch.rand(1), x, program.x, torch.rand(1), torch.rand(1), n_groups=1, limits=(0.0, 1.0)
+    )
     for mixed in program.shift(x, (torch.rand(D), torch.rand(D))):
         x = program.gate(mixed, x, activation="gelu")
     program.linear(x, torch.randn(D, D), out=program.y, add=program.x)
@@ -198,7 +240,7 @@ def test_a_batch_of_none():
     (
         (lambda x, s: (x[:, 1:], s), r"x: expected float32 of shape \(batch, 13\)"),
         (lambda x, s: (x.double(), s), "x: expected float32"),
-        (lambda x, s: (x, s[1:]), "state: expected 6 tensors, got 5"),
+        (lambda x, s: (x, s[1:]), "state: expected 10 tensors, got 9"),
         (lambda x, s: (x, [s[0][:1], *s[1:]]), r"state: expected torch.float32 \(2, 2, 13\) on the CPU"),
         (lambda x, s: (x, [s[0].double(), *s[1:]]), "state: expected torch.float32"),
         (lambda x, s: (x, [s[0].to("meta"), *s[1:]]), "on meta"),
