@@ -169,7 +169,7 @@ ORIGINAL = {
     "mamba": {"d_model": 32, "n_layer": 3, "vocab_size": V, "ssm_cfg": {"d_state": 5, "dt_rank": "auto"}},
     "mamba2": {
         "d_model": 32, "n_layer": 3, "vocab_size": V, "tie_embeddings": False, "d_intermediate": 0,
-        "ssm_cfg": {"layer": "Mamba2", "d_state": 6, "headdim": 8, "ngroups": 1, "chunk_size": 64},
+        "ssm_cfg": {"layer": "Mamba2", "d_state": 6, "headdim": 8, "chunk_size": 64},
     },
 }  # fmt: skip
 
