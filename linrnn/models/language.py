@@ -1,5 +1,6 @@
 """Language models: embed, mix, predict the next token."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ class LanguageModel(Pretrained):
         embed_norm: normalises the embeddings, as RWKV does.
         logit_soft_cap: c of c tanh(logits / c), which keeps logits within ±c (Gemma); none if None.
     """
+
+    tokenizer: Any = None  # what `load_pretrained` found beside the weights
 
     def __init__(
         self,
@@ -94,6 +97,12 @@ class LanguageModel(Pretrained):
             nn.init.constant_(norms[-1].weight, d_model**-0.5)
         else:
             nn.init.normal_(self.head.weight, std=d_model**-0.5)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes config.json, the weights and the tokenizer, if there is one; see `Pretrained.save_pretrained`."""
+        super().save_pretrained(folder, **kwargs)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
 
     def forward(
         self, ids: Tensor, state: State = None, *, reset: Tensor | None = None, mask: Tensor | None = None

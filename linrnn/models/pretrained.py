@@ -265,7 +265,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary name for a file, renamed to `path` at the end: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors writes files that only the owner may read
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

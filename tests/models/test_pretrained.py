@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 from dataclasses import FrozenInstanceError, asdict, replace
 from pathlib import Path
@@ -31,6 +32,13 @@ def test_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
         assert name == other_name and p.dtype == q.dtype and torch.equal(p, q) and q.requires_grad
     x = torch.randint(7, (2, 9))
     assert torch.equal(model(x), again(x))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_files_are_for_all_that_the_umask_lets(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    (tmp_path / "other").touch()
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "other").stat().st_mode}
 
 
 def test_saving_again_replaces(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def load_pretrained(
             warnings.warn(f"{folder}: tie_word_embeddings is true, yet lm_head differs: it is not tied", stacklevel=2)
             model = skeleton({**arguments, "tie_embeddings": False}, folder)
         model = fill(model, saved, folder, dtype or common_dtype(saved), device)
-    cast(Any, model).tokenizer = read_tokenizer(folder)
+    model.tokenizer = read_tokenizer(folder)
     return model.eval()
 
 

@@ -265,6 +265,8 @@ def test_the_tokenizer(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.Mon
     export_transformers(model, tmp_path / "again")
     again = load_pretrained(tmp_path / "again")
     assert again.tokenizer("not to be").input_ids == [4, 1, 2]
+    model.save_pretrained(tmp_path / "own")
+    assert load_pretrained(tmp_path / "own").tokenizer("not to be").input_ids == [4, 1, 2]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # transformers is not installed
     assert load_pretrained(vocabulary).tokenizer is None
 
