@@ -54,7 +54,7 @@ def export_transformers(
         raise TypeError(f"model: expected a LanguageModel, got {type(model).__name__}")
     positive_int("max_shard_bytes", max_shard_bytes)
     config = describe(model)
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer = model.tokenizer
     given = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     for name, value in given.items():
         value = getattr(tokenizer, name, None) if value is None else value
