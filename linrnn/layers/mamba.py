@@ -149,17 +149,25 @@ class Mamba(RecurrentLayer):
         if state is None or not isinstance(x_t, Tensor) or x_t.ndim != 2:
             return super().step(x_t, state)
         self.check_inputs(x_t[:, None], state, None, None)
+        return self.advance(x_t, state, self.A())
+
+    def advance(self, x_t: Tensor, state: State, A: Tensor) -> tuple[Tensor, State]:
+        """The step with A as given, and nothing checked."""
         x, z = self.in_proj(x_t[:, None]).chunk(2, -1)  # (B, 1, d_inner)
         x, conv = self.conv1d(x, state.conv)
         dt, B, C = self.select(x)
         wide = state.ssm.dtype
         Δ = F.softplus(dt.to(wide) + self.dt_proj.bias)
-        h = (Δ.mT * self.A()).exp() * state.ssm + (Δ * x).mT * B.to(wide)  # (B, d_inner, N)
+        h = (Δ.mT * A).exp() * state.ssm + (Δ * x).mT * B.to(wide)  # (B, d_inner, N)
         y = ((h * C).sum(-1)[:, None] + self.D * x) * F.silu(z.to(wide))
         return self.out_proj(y.to(x.dtype))[:, 0], MambaState(conv, h)
 
     def frozen_step(self) -> StepFn:
-        return compiled_step(self, self.d_model, self.init_state) or super().frozen_step()
+        compiled = compiled_step(self, self.d_model, self.init_state)
+        if compiled is not None:
+            return compiled
+        A = self.A().detach()
+        return torch.no_grad()(lambda x_t, state: self.advance(x_t, state, A))
 
     def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
         """Writes the step into a program; see `linrnn.layers.frozen`."""

@@ -89,7 +89,23 @@ class RingRNN(RecurrentLayer):
         return y, final
 
     def frozen_step(self) -> StepFn:
-        return (self.causal and compiled_step(self, self.d_model, self.init_state)) or super().frozen_step()
+        if not self.causal:
+            return super().frozen_step()
+        return compiled_step(self, self.d_model, self.init_state) or self.step_with_constants()
+
+    @torch.no_grad()
+    def step_with_constants(self) -> StepFn:
+        """Returns the frozen step in operations of torch: λ and γ are computed once."""
+        λ = self.eigenvalues()
+        γ = self.gamma_log.to(λ.real.dtype).exp()
+
+        @torch.no_grad()
+        def step(x_t: Tensor, state: State) -> tuple[Tensor, State]:
+            h = λ * state.h + γ * self.to_states(F.linear(x_t, self.B.flatten(0, -2)))
+            y = F.linear(self.from_states(h).to(x_t.dtype), self.C.flatten(1))
+            return y if self.D is None else y + self.D * x_t, self.state_type(h)
+
+        return step
 
     def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
         """Writes the step into a program; see `linrnn.layers.frozen`."""
