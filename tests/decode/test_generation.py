@@ -90,9 +90,10 @@ def test_rows_end_apart() -> None:
     ids = torch.randint(V, (4, 3))
     free = by_formula(model, ids, 12)[:, 3:].tolist()
     eos, stop = free[0][4], free[1][1:4]
+    unsaid = min({*range(V)} - {token for row in free for token in row})
     # columns are spent until the last row has ended, and what follows an end is padding
     for pad_id in (None, -5):
-        out = text(model, ids, 12, eos_id=[eos, eos], stop=[stop], pad_id=pad_id)[:, 3:].tolist()
+        out = text(model, ids, 12, eos_id=[eos, unsaid], stop=[stop], pad_id=pad_id)[:, 3:].tolist()
         lengths = []
         for row, whole in zip(out, free, strict=True):
             ends = [n for n in range(1, 13) if whole[n - 1] == eos or whole[max(0, n - 3) : n] == stop]
