@@ -83,6 +83,7 @@ def test_any_temperature() -> None:
     """Neither the smallest nor the largest overflow."""
     logits = torch.tensor([[1000.0, 999.0, -1000.0]])
     assert Sampling(1e-40).probabilities(logits).tolist() == [[1, 0, 0]]
+    assert Sampling(1.0, top_p=1e-12).probabilities(logits).tolist() == [[1, 0, 0]]
     torch.testing.assert_close(Sampling(1e30).probabilities(logits), torch.full((1, 3), 1 / 3))
 
 
