@@ -10,6 +10,7 @@ namespace linrnn {
 typedef float Lanes __attribute__((vector_size(32)));
 inline Lanes times_plus(const Lanes& a, const Lanes& b, const Lanes& c) { return a * b + c; }
 inline Lanes plus(const Lanes& a, const Lanes& b) { return a + b; }
+inline void prefetch(const float* address) { __builtin_prefetch(address); }
 #else
 struct Lanes {
   float v[8];
@@ -20,6 +21,7 @@ inline Lanes times_plus(const Lanes& a, const Lanes& b, const Lanes& c) {
   for (int i = 0; i < 8; ++i) r.v[i] = a.v[i] * b.v[i] + c.v[i];
   return r;
 }
+inline void prefetch(const float*) {}
 inline Lanes plus(const Lanes& a, const Lanes& b) {
   Lanes r;
   for (int i = 0; i < 8; ++i) r.v[i] = a.v[i] + b.v[i];

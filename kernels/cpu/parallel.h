@@ -74,8 +74,11 @@ class KernelScope {
 // A barrier for threads that all run: it spins, since the work between two of them is some ten microseconds.
 class SpinBarrier {
   std::atomic<int> waiting_{0}, phase_{0};
+  const int patience_;
 
  public:
+  // `patience`: turns of spinning before the thread offers its core to others, who may keep it for milliseconds.
+  explicit SpinBarrier(int patience = 256) : patience_(patience) {}
   void wait(int count) {
     const int phase = phase_.load(std::memory_order_relaxed);
     if (waiting_.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
@@ -84,7 +87,7 @@ class SpinBarrier {
       return;
     }
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins > 256) std::this_thread::yield();
+      if (spins > patience_) std::this_thread::yield();
 #if defined(__SSE2__)
       else _mm_pause();
 #endif

@@ -168,6 +168,16 @@ void linear(const Op& op, const Frame& f) {
   }
 }
 
+// Fetches the first weights that this thread will read, while it waits for the others.
+void expect(const Op& op, const Frame& f) {
+  if (op.kind != LINEAR) return;
+  int64_t begin, end;
+  f.part(op.outputs / op.unit, begin, end);
+  const float* w = op.constants[0] + begin * op.unit * op.size;
+  const int64_t n = std::min<int64_t>((end - begin) * op.unit * op.size, 2048);
+  for (int64_t k = 0; k < n; k += 16) prefetch(w + k);
+}
+
 // ---- y = x / rms(x) * weight, or (x - mean) / deviation * weight + bias: refs x, y; constants weight, bias (or none);
 // outputs 1; size D; option: 0 for the root mean square, 1 for the layer norm; eps. A thread takes whole rows. ----
 
@@ -433,12 +443,15 @@ void run(const Op& op, const Frame& f) {
 // Runs the operations on B rows. `slots` are the memory that their refs name.
 LINRNN_API void linrnn_step(const LinrnnStepOp* ops, int64_t n_ops, float* const* slots, int64_t B, int64_t threads) {
   using namespace linrnn;
-  SpinBarrier barrier;
+  SpinBarrier barrier(4096);  // some tens of microseconds: as long as the thread that is waited for may read
   run_parallel(int(threads), [&](int index, int count) {
     KernelScope scope;
     const step::Frame frame{slots, B, index, count};
     for (int64_t k = 0; k < n_ops; ++k) {
-      if (ops[k].barrier && k && count > 1) barrier.wait(count);
+      if (ops[k].barrier && k && count > 1) {
+        step::expect(ops[k], frame);
+        barrier.wait(count);
+      }
       step::run(ops[k], frame);
     }
   });

@@ -203,7 +203,7 @@ class StepProgram:
 
         def call(x: Tensor, before: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
             B = len(x)
-            if x.shape != (B, d_in) or x.dtype != torch.float32 or x.device.type != "cpu":
+            if x.shape != (B, d_in) or x.dtype is not torch.float32 or not x.is_cpu:
                 raise ValueError(
                     f"x: expected float32 of shape (batch, {d_in}) on the CPU, got {x.dtype} {tuple(x.shape)}"
                 )
@@ -212,7 +212,7 @@ class StepProgram:
             x, y, arena = resolved(x).contiguous(), torch.empty(B, d_out), torch.empty(B * arena_width)
             held, after, addresses = [x, constants], [], [x.data_ptr(), arena.data_ptr(), y.data_ptr()]
             for leaf, (shape, dtype) in zip(before, leaves, strict=True):
-                if leaf.shape != (B, *shape) or leaf.dtype != dtype or leaf.device.type != "cpu":
+                if leaf.dtype is not dtype or leaf.shape != (B, *shape) or not leaf.is_cpu:
                     raise ValueError(
                         f"state: expected {dtype} {(B, *shape)} on the CPU, got {leaf.dtype} {tuple(leaf.shape)} on "
                         f"{leaf.device}"
