@@ -5,7 +5,7 @@ from linrnn.decode.attention import AttentionDecoder, attention
 from linrnn.decode.calibration import Calibration
 from linrnn.decode.decoder import Decoder
 from linrnn.decode.generation import generate
-from linrnn.decode.graph import GraphedStep
+from linrnn.decode.graph import GraphedStep, GraphedSteps
 from linrnn.decode.live import LiveBytes
 from linrnn.decode.plan import Choice, NoPlan, Plan, plan
 from linrnn.decode.prefix_cache import PrefixCache
@@ -19,6 +19,7 @@ __all__ = [
     "Choice",
     "Decoder",
     "GraphedStep",
+    "GraphedSteps",
     "LiveBytes",
     "NoPlan",
     "Plan",

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from linrnn.decode import state as states
 from linrnn.decode._rows import Decoded, Event, Row, as_eos, as_prompt, as_stop, choose
+from linrnn.decode.graph import GraphedSteps, can_graph
 from linrnn.decode.prefill import evaluating, prefill_alone, prefill_together
 from linrnn.decode.prefix_cache import PrefixCache
 from linrnn.decode.sampling import Sampling, generator, global_seed
-from linrnn.layers.base import State, describe, positive_int
+from linrnn.layers.base import State, StepFn, describe, positive_int
 from linrnn.models.language import LanguageModel
 
 
@@ -40,6 +41,7 @@ class Decoder:
         prefix_cache: of this model. Prompts go on from the longest prefix it knows, and it is given the states behind
             prompts (but their last tokens, and at its multiples of `every`) and behind texts that have ended.
         prefill_chunk: the most tokens of prompts read in one call, which bounds the memory that long ones take.
+        graphs: on an NVIDIA GPU the step runs as a CUDA graph (`GraphedSteps`), if the state has a fixed size.
 
     Raises:
         TypeError: model is no LanguageModel.
@@ -53,6 +55,7 @@ class Decoder:
         capacity: int | None = None,
         prefix_cache: PrefixCache | None = None,
         prefill_chunk: int = 4096,
+        graphs: bool = True,
     ):
         if not isinstance(model, LanguageModel):
             raise TypeError(f"model: expected a LanguageModel, got {type(model).__name__}")
@@ -66,7 +69,7 @@ class Decoder:
         # a cache wants states at tokens of its own; on a CPU, one prompt keeps it busy
         self._together = self._device.type != "cpu" and prefix_cache is None
         with torch.inference_mode(), evaluating(self._modules):
-            self._step = model.frozen_step()
+            self._step: StepFn = GraphedSteps(model) if graphs and can_graph(model) else model.frozen_step()
         self._rows: list[Row] = []  # in the batch; row i of the state is that of _rows[i]
         self._state: State = None
         self._queue: list[Row] = []
@@ -164,7 +167,11 @@ class Decoder:
                 state = parts[0] if len(parts) == 1 else states.concatenate(parts)
             last = torch.tensor([row.new[-1] if row.new else int(row.prompt[-1]) for row in rows], device=self._device)
             logits, state = self._step(last, state)
-            tokens = choose(logits, rows)
+            try:
+                tokens = choose(logits, rows)
+            except BaseException:
+                self._undo()
+                raise
         return self._commit(rows, entering, tokens, state)
 
     def _prefill(self, entering: list[Row]) -> list[State]:
@@ -195,6 +202,7 @@ class Decoder:
         except BaseException:  # out of memory
             for row in rows:
                 row.new.pop()
+            self._undo()
             raise
         self._queue, self._rows, self._state = self._queue[len(entering) :], [rows[i] for i in staying], after
         events = []
@@ -207,11 +215,16 @@ class Decoder:
             events.append(Event(row.sequence, token, reason is not None, reason))
         return events
 
+    def _undo(self) -> None:
+        """Gives the sequences the state back that they had before the step."""
+        if isinstance(self._step, GraphedSteps):
+            self._step.undo()
+
     def _kept(self, row: Row, i: int, n: int, state: State) -> State:
         """Returns the state of row i of n, if somebody wants it."""
         if not row.keep_state and (self.prefix_cache is None or not row.from_start):
             return None
-        return state if n == 1 else self._pick(state, [i])
+        return state if n == 1 and not isinstance(self._step, GraphedSteps) else self._pick(state, [i])
 
     def _end(self, row: Row, state: State, reason: str) -> None:
         """Keeps what `retire` returns, and gives the cache its part."""

@@ -1,6 +1,7 @@
 """One decoding step as a CUDA graph: a step of a model is hundreds of short kernels, and launching them takes longer
 than they do. Replaying a graph launches all of them at once."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from linrnn.decode import state as states
 from linrnn.layers.base import State, StepFn, positive_int
 from linrnn.models.language import LanguageModel
+from linrnn.ops import FallbackWarning
 
 WARM_UPS = 3  # what compiles, allocates or chooses a kernel does so in the first calls, which no graph may hold
 
@@ -31,19 +33,21 @@ class GraphedStep:
     Args:
         model: a LanguageModel on a GPU whose state does not grow with T.
         batch_size: the most sequences.
+        step: the model's frozen step, where there is one already.
 
     Raises:
         ValueError: the model is not on a GPU, or its state grows with T (no two steps then have the same kernels).
     """
 
-    def __init__(self, model: LanguageModel, batch_size: int):
+    def __init__(self, model: LanguageModel, batch_size: int, *, step: StepFn | None = None):
         if model.state_size is None:
             raise ValueError("model: its state grows with every token; a graph needs one of fixed size (a window)")
         self.batch_size = positive_int("batch_size", batch_size)
         self._ids = torch.zeros(batch_size, dtype=torch.int64, device=model.embed.weight.device)
-        self._step: StepFn = model.frozen_step()
+        self._step: StepFn = model.frozen_step() if step is None else step
         with torch.inference_mode():
             self._state: State = states.clone(model.init_state(batch_size))
+            self._before: State = states.clone(self._state)
             self._replay, self._logits = capture(self._run, self._ids.device)
         self._returned: State = None
 
@@ -61,25 +65,56 @@ class GraphedStep:
             self._replay()
         return self._logits[:B], self._returned
 
+    def undo(self) -> None:
+        """Makes the state what it was before the last call."""
+        with torch.inference_mode():
+            copy_(self._state, self._before)
+
     def _run(self) -> Tensor:
+        copy_(self._before, self._state)
         logits, after = self._step(self._ids, self._state)
         copy_(self._state, after)
         return logits
 
 
 class GraphedSteps:
-    """`GraphedStep` for batches of any size: one graph for each power of two that is needed."""
+    """`GraphedStep` for batches of any size: one graph for each power of two that is needed.
+
+    Where a step cannot be captured it warns once, and runs as it is.
+    """
 
     def __init__(self, model: LanguageModel):
-        self.model = model
+        self.model, self._step = model, model.frozen_step()
         self._graphs: dict[int, GraphedStep] = {}
+        self._last: GraphedStep | None = None
+        self._capturing = True
 
     def __call__(self, ids_t: Tensor, state: State) -> tuple[Tensor, State]:
         """Maps ids_t (B,) and a state to logits (B, V) and the next state, both buffers that the next call writes."""
         size = 1 << (len(ids_t) - 1).bit_length()
-        if size not in self._graphs:
-            self._graphs[size] = GraphedStep(self.model, size)
-        return self._graphs[size](ids_t, state)
+        if size not in self._graphs and self._capturing:
+            try:
+                self._graphs[size] = GraphedStep(self.model, size, step=self._step)
+            except RuntimeError as error:
+                self._capturing = False
+                warnings.warn(
+                    f"decoding: a step of this model cannot be captured in a CUDA graph ({error}); it runs kernel by "
+                    "kernel. Decoder(graphs=False) asks for that",
+                    FallbackWarning,
+                    stacklevel=2,
+                )
+        self._last = self._graphs.get(size)
+        return self._step(ids_t, state) if self._last is None else self._last(ids_t, state)
+
+    def undo(self) -> None:
+        """Makes the state what it was before the last call; without a graph it still is."""
+        if self._last is not None:
+            self._last.undo()
+
+
+def can_graph(model: LanguageModel) -> bool:
+    """Whether a graph can hold this model's step: it is on an NVIDIA GPU and its state has a fixed size."""
+    return model.embed.weight.device.type == "cuda" and torch.version.hip is None and model.state_size is not None
 
 
 def copy_(to: State, source: State) -> None:

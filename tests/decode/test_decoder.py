@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from linrnn import layers
+from linrnn.decode import decoder as decoder_module
 from linrnn.decode import state as states
 from linrnn.decode.decoder import Decoder
 from linrnn.decode.prefill import prefill_alone, prefill_together
@@ -59,9 +60,21 @@ def by_formula(model: LanguageModel, ids: Tensor, n: int, eos: int) -> list[int]
     return tokens
 
 
+@pytest.fixture
+def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps run as if they were CUDA graphs, in buffers that the next one writes to, if the test asks for it."""
+    if request.param:
+        request.getfixturevalue("uncaptured")
+        monkeypatch.setattr(decoder_module, "can_graph", lambda model: model.state_size is not None)
+
+
+with_and_without_graphs = pytest.mark.parametrize("graphs", [False, True], indirect=True, ids=["eager", "graphs"])
+
+
 @every_model
+@with_and_without_graphs
 @pytest.mark.parametrize("capacity", [None, 3])
-def test_random_arrivals_and_departures(options: dict[str, Any], capacity: int | None) -> None:
+def test_random_arrivals_and_departures(options: dict[str, Any], capacity: int | None, graphs: None) -> None:
     model = some_model(**options)
     requests = some_requests(9)
     decoder = Decoder(model, capacity=capacity, prefill_chunk=4)
@@ -134,7 +147,8 @@ def test_every_layer(mixer: str, together: bool) -> None:
 
 
 @every_model
-def test_a_sequence_goes_on_from_its_state(options: dict[str, Any]) -> None:
+@with_and_without_graphs
+def test_a_sequence_goes_on_from_its_state(options: dict[str, Any], graphs: None) -> None:
     """In another batch, with gradients if wanted: what `retire` returns are ordinary tensors."""
     model = some_model(**options)
     decoder = Decoder(model)
@@ -328,26 +342,46 @@ def test_known_prefixes_are_not_read_again(mixer: str, monkeypatch: pytest.Monke
         Decoder(some_model(mixer=mixer), prefix_cache=cache)
 
 
-def test_a_step_that_fails_changes_nothing() -> None:
+@with_and_without_graphs
+def test_states_wait_for_those_who_retire_them(graphs: None) -> None:
+    """Others go on in the meantime, and write to none of what is kept."""
+    model = some_model()
+    decoder = Decoder(model)
+    first = decoder.admit([1, 2, 3], max_new_tokens=2)
+    while decoder.active or decoder.waiting:
+        decoder.step()
+    decoder.admit([4, 5])
+    for _ in range(3):
+        decoder.step()
+    tokens, _, state, _ = decoder.retire(first)
+    expected = model(tokens[None, :-1])[1]
+    for a, b in zip(states.leaves(state), states.leaves(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@with_and_without_graphs
+def test_a_step_that_fails_changes_nothing(graphs: None) -> None:
     model = some_model()
     decoder = Decoder(model)
     request = {"ids": [1, 2, 3], "max_new_tokens": 8, "sampling": Sampling(1.0), "seed": 3}
     good = decoder.admit(**request)
+    others = [decoder.admit([7 + i]) for i in range(2)]
     decoder.step()
     with torch.no_grad():
         broken = states.map_leaves(lambda leaf: leaf * torch.nan, model(torch.tensor([[1]]))[1])
     bad = decoder.admit([5], state=broken)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"logits: .* NaN, inf or only -inf for sequence 1 .* at its new token 0"):
+        with pytest.raises(ValueError, match=r"logits: .* NaN, inf or only -inf for sequence 3 .* at its new token 0"):
             decoder.step()
-        assert decoder.active == (good,) and decoder.waiting == (bad,)
+        assert decoder.active == (good, *others) and decoder.waiting == (bad,)
     assert decoder.retire(bad).reason == "retired"
-    while decoder.active:
+    while good in decoder.active:
         decoder.step()
     assert decoder.retire(good).tokens[3:].tolist() == alone(model, request)
 
 
-def test_a_step_that_fails_late_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@with_and_without_graphs
+def test_a_step_that_fails_late_changes_nothing(monkeypatch: pytest.MonkeyPatch, graphs: None) -> None:
     model = some_model()
     requests = [{"ids": [1, 2], "max_new_tokens": 2}, {"ids": [3], "max_new_tokens": 6}]
     decoder = Decoder(model)

@@ -1,15 +1,14 @@
 """A captured step: the same tokens as the model's own steps, and a state that is copied in when it is another one."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from linrnn.decode import graph
 from linrnn.decode import state as states
 from linrnn.models import LanguageModel
+from linrnn.ops import FallbackWarning
 
 V = 13
 KINDS: list[dict[str, Any]] = [
@@ -18,21 +17,6 @@ KINDS: list[dict[str, Any]] = [
     {"mixer": ("gated_deltanet", "attention"), "mixer_kwargs": {"attention": {"window": 5}}},
     {"mixer": "rwkv4", "ffn": "channel_mix"},
 ]
-
-
-@pytest.fixture
-def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the place of a capture, the calls themselves, writing their result to one buffer as a graph does."""
-
-    def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-        result = run().clone()
-
-        def replay() -> None:
-            result.copy_(run())
-
-        return replay, result
-
-    monkeypatch.setattr(graph, "capture", capture)
 
 
 def follows_the_model(model: LanguageModel, device: str, tolerance: float) -> None:
@@ -105,3 +89,31 @@ def test_what_is_refused(uncaptured: None) -> None:
 def test_no_gpu_is_named() -> None:
     with pytest.raises(ValueError, match="CUDA graphs need a model on an NVIDIA GPU, this one is on cpu"):
         graph.GraphedStep(LanguageModel(V, mixer="lru"), 2)
+
+
+def test_a_step_taken_back(uncaptured: None) -> None:
+    model = LanguageModel(V, d_model=16, mixer="mamba", ffn=None).double()
+    ids = torch.randint(V, (2, 4))
+    with torch.inference_mode():
+        expected, _ = model(ids)
+        step, state = graph.GraphedStep(model, 2), model.init_state(2)
+        for t in range(4):
+            _, state = step((ids[:, t] + 1) % V, state)
+            step.undo()
+            logits, state = step(ids[:, t], state)
+            torch.testing.assert_close(logits, expected[:, t], rtol=1e-9, atol=1e-9)
+
+
+def test_a_step_that_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graph, "capture", capture)
+    model = LanguageModel(V, d_model=16, mixer="lru").double()
+    step, ids = graph.GraphedSteps(model), torch.randint(V, (2, 3))
+    with torch.inference_mode():
+        with pytest.warns(FallbackWarning, match="cannot be captured in a CUDA graph .operation not permitted"):
+            _, state = step(ids[:, 0], model.init_state(2))
+        _, state = step(ids[:, 1], state)  # without another warning
+        step.undo()
+        torch.testing.assert_close(step(ids[:, 2], state)[0], model(ids)[0][:, 2], rtol=1e-9, atol=1e-9)
