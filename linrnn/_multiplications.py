@@ -14,7 +14,7 @@ from linrnn.layers.heads import HeadNorm
 from linrnn.layers.relative_bias import RotaryBias, SimpleBias
 from linrnn.layers.short_conv import QKVConv, ShortConv
 from linrnn.models import LanguageModel, SequenceBackbone, SequenceClassifier
-from linrnn.models.backbone import Block
+from linrnn.models.block import Block
 from linrnn.models.ffn import GatedFFN
 
 

@@ -11,7 +11,7 @@ from linrnn.decode.state import nbytes
 from linrnn.layers.attention import Attention
 from linrnn.layers.base import RecurrentLayer
 from linrnn.layers.online_softmax import SoftmaxSum, absorb, read_out, softmax_sum
-from linrnn.models.backbone import Block
+from linrnn.models.block import Block
 from linrnn.models.language import LanguageModel
 
 # for each head, how many are held at once where that leaves 32 keys: few beside a frame, many for a call

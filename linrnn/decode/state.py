@@ -14,7 +14,8 @@ from linrnn.decode.fingerprint import fingerprint
 from linrnn.decode.state_files import load, save
 from linrnn.decode.state_types import Growing, growing, leaves, map_leaves, register, zip_leaves
 from linrnn.layers.base import RecurrentLayer, State, describe
-from linrnn.models.backbone import Block, BlockState, SequenceBackbone
+from linrnn.models.backbone import SequenceBackbone
+from linrnn.models.block import Block, BlockState
 from linrnn.models.language import LanguageModel
 
 __all__ = [

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from linrnn import layers, ops
 from linrnn.layers.base import State, describe
-from linrnn.models.backbone import BlockState
+from linrnn.models.block import BlockState
 
 
 class Growing(NamedTuple):

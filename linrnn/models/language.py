@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from linrnn.layers.base import State, StepFn, describe, finite, positive_int
 from linrnn.layers.frozen import compiled_step, emit, linear
-from linrnn.models.backbone import SequenceBackbone, build_norm
+from linrnn.models.backbone import SequenceBackbone
+from linrnn.models.block import build_norm
 from linrnn.models.pretrained import Pretrained
 from linrnn.models.tokens import check_ids, embed_ids
 from linrnn.ops.step_program import Ref, StepProgram
