@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from linrnn.models.pretrained import Pretrained, unique_tensors
+from linrnn.models.pretrained import Pretrained
+from linrnn.models.weights import unique_tensors
 
 # what the weights were when they were last read: (where they are and how often they were written to, digest)
 _READ: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]] = WeakKeyDictionary()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from linrnn.decode.fingerprint import differences, fingerprint, update
 from linrnn.decode.state_types import known, map_leaves
 from linrnn.layers.base import State
-from linrnn.models.pretrained import write_whole
+from linrnn.models.files import write_whole
 
 FORMAT = "linrnn.state"
 # 1: structure, model and digest in the metadata; complex tensors as pairs of real ones

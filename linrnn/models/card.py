@@ -5,10 +5,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from linrnn.models.files import INDEX, WEIGHTS
+
 if TYPE_CHECKING:
     from linrnn.models.pretrained import Pretrained
 
 CARD = "README.md"
+SHARDS = "model-{0}-of-{0}.safetensors".format("[0-9]" * 5)  # for fnmatch, whose * would match folders too
 TAGS = {"LanguageModel": "text-generation", "SequenceClassifier": "text-classification"}
 
 
@@ -44,7 +47,7 @@ def upload(
             revision=revision,
             commit_message=commit_message,
             create_pr=create_pr,
-            delete_patterns=["model*.safetensors", "model.safetensors.index.json"],  # shards of what was there
+            delete_patterns=[SHARDS, WEIGHTS, INDEX],  # those of what was there
         )
     return str(commit.commit_url)
 

@@ -1,23 +1,22 @@
 """Checkpoints: a folder with config.json (the constructor's arguments) and model.safetensors, or several such files."""
 
+import inspect
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from linrnn.layers.base import positive_int
 from linrnn.models.config import config_type, plain
+from linrnn.models.files import CONFIG, INDEX, WEIGHTS, write_checkpoint
 from linrnn.models.migrations import FORMAT, migrate
+from linrnn.models.weights import fill, misfits, shorten, skeleton, unique_tensors
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
-WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+__all__ = ["CONFIG", "INDEX", "WEIGHTS", "Pretrained"]
 
 
 class Pretrained(nn.Module):
@@ -39,13 +38,14 @@ class Pretrained(nn.Module):
     def constructor_arguments(self, values: Mapping[str, Any]) -> Any:
         """Picks the constructor's arguments from its local variables, as a `Config`.
 
-        Returns None where some are not there: a base class's constructor does not know those of the subclass.
+        Returns None in the constructor of a base class, which does not know those of the subclass.
         """
         names = self.Config.__dataclass_fields__
-        try:
-            return self.Config(**{name: plain(values[name]) for name in names if name in values})
-        except TypeError:
+        # what `super()` needs is among the local variables of a method that calls it
+        own = values.get("__class__", type(self)).__init__ is type(self).__init__
+        if not own or not names.keys() <= values.keys():
             return None
+        return self.Config(**{name: plain(values[name]) for name in names})
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
@@ -60,21 +60,23 @@ class Pretrained(nn.Module):
         return cls(**vars(config))
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000) -> None:
-        """Writes config.json and model.safetensors to `folder` (made if missing), each whole or not at all.
+        """Writes config.json and model.safetensors to `folder` (made if missing), together or not at all.
 
-        Weights of more than max_shard_bytes are written as several files and an index of them.
+        Weights of more than max_shard_bytes are written as several files and an index of them. What is interrupted in
+        the moment when new files take the place of old ones leaves a folder that `from_pretrained` refuses.
 
         Raises:
             TypeError: a constructor argument cannot be written as JSON.
-            ValueError: max_shard_bytes is no integer > 0.
+            ValueError: max_shard_bytes is no integer > 0; or the parameters are not those that the constructor makes
+                of the arguments, as where some were replaced, untied or resized.
         """
         positive_int("max_shard_bytes", max_shard_bytes)
         text = self.describe_config()
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().contiguous() for name, tensor in unique_tensors(self).items()}
-        write_weights(folder, tensors, max_shard_bytes)
-        write_whole(folder / CONFIG, text.encode())
+        problems = misfits(skeleton(lambda: type(self)(**vars(self.config))), tensors, converted=True)
+        if problems:
+            raise ValueError(f"{type(self).__name__}: its config does not make these tensors ({shorten(problems)})")
+        write_checkpoint(Path(folder), text, tensors, max_shard_bytes)
 
     def push_to_hub(
         self,
@@ -116,12 +118,13 @@ class Pretrained(nn.Module):
         """Returns the text of config.json."""
         from linrnn import __version__
 
-        if self.config is None:
-            raise TypeError(
-                f"{type(self).__name__}.config: expected self.constructor_arguments(locals()), set in its constructor"
-            )
-        arguments = vars(self.config)
         name = type(self).__name__
+        for p in inspect.signature(type(self)).parameters.values():
+            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                raise TypeError(f"{name}: expected a constructor whose arguments have names, got {p}")
+        if self.config is None:
+            raise TypeError(f"{name}.config: expected self.constructor_arguments(locals()), set in its constructor")
+        arguments = vars(self.config)
         config = {"model_type": "linrnn", "class": name, "format": FORMAT, "version": __version__}
         try:
             return json.dumps({**config, "arguments": arguments}, indent=2)
@@ -142,7 +145,7 @@ class Pretrained(nn.Module):
         Args:
             source: the folder, or the id of a repository on the Hugging Face hub (with huggingface_hub installed).
             dtype: of the parameters; None: the one they were saved in.
-            device: of the parameters; the CPU if None.
+            device: of the parameters; torch's default if None.
             revision: branch, tag or commit of the repository.
 
         Raises:
@@ -152,32 +155,32 @@ class Pretrained(nn.Module):
             ValueError: a damaged file, another class, a format of a newer linrnn, arguments the constructor refuses,
                 or tensors that do not fit.
         """
-        from linrnn.models.checkpoints.hub import download, is_hub_id
+        from linrnn.models.checkpoints.hub import Source
         from linrnn.models.checkpoints.reading import read_json, read_tensors, weight_files
 
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype: expected a floating point torch.dtype or None, got {dtype!r}")
-        if is_hub_id(source):
-            folder = download(str(source), revision, [CONFIG, INDEX])
-            download(str(source), folder.name, weight_files(folder))  # at that commit, wherever the branch is now
-        elif revision is not None:
-            raise ValueError(f"revision: a folder has none, only a repository of the hub, got {revision!r}")
-        else:
-            folder = Path(source)
+        place = Source(source, revision, dtype)
+        folder = place.fetch([CONFIG, INDEX])
         config = check_config(folder / CONFIG, read_json(folder / CONFIG), cls.__name__)
+        place.fetch(weight_files(folder))
         saved = read_tensors(folder, weight_files(folder), integers=True)
-        if all(name.startswith("model.") for name in saved):  # as linrnn.hf has it, which wraps the model
+        if cls.__name__ == "LanguageModel" and all(name.startswith("model.") for name in saved):  # as linrnn.hf has it
             saved = {name.removeprefix("model."): tensor for name, tensor in saved.items()}
         arguments, saved = migrate(config["format"], cls.__name__, config["arguments"], saved)
+        check_depth(folder / CONFIG, "n_layers", arguments.get("n_layers"), len(saved))
         try:
-            model = cls(**arguments)
+            model = skeleton(lambda: cls(**arguments))
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder / CONFIG}: {cls.__name__} does not take these arguments ({error}); "
                 f"it was written by linrnn {config.get('version', 'of unknown version')}"
             ) from error
-        fill_(model, saved, str(folder))
-        return model.to(device=device, dtype=dtype).eval()
+        return fill(model, saved, str(folder), dtype, device).eval()
+
+
+def check_depth(path: Path, name: str, n_layers: object, n_tensors: int) -> None:
+    """Raises ValueError for more layers than tensors: to build a million would take an hour, to no end."""
+    if isinstance(n_layers, int) and n_layers > n_tensors:
+        raise ValueError(f"{path}: {name}: expected at most the number of tensors, {n_tensors}, got {n_layers}")
 
 
 def check_config(path: Path, config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -201,80 +204,3 @@ def check_config(path: Path, config: dict[str, Any], name: str) -> dict[str, Any
             f"{path}: holds a {config['class']}; load it with {config['class']}.from_pretrained, not {name}"
         )
     return config
-
-
-def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the parameters and saved buffers by name, shared ones once, under their first name."""
-    first: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        first.setdefault(id(tensor), name)
-    return {name: state[name] for name in first.values()}
-
-
-def fill_(model: nn.Module, saved: Mapping[str, Tensor], source: str) -> None:
-    """Gives the model the saved tensors, or raises ValueError naming those that do not fit."""
-    own = unique_tensors(model)
-    problems = [f"missing: {name}" for name in own if name not in saved]
-    problems += [f"unexpected: {name}" for name in saved if name not in own]
-    problems += [
-        f"shape of {name}: expected {tuple(own[name].shape)}, got {tuple(tensor.shape)}"
-        for name, tensor in saved.items()
-        if name in own and own[name].shape != tensor.shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ValueError(f"{source}: does not fit {type(model).__name__} ({shown})")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            # keeps the parameter, so shared ones stay shared, and takes the saved dtype; a copy, since what is mapped
-            # from the file lies at any address, where sums round in another order, and goes when the file does
-            tensor.data = saved[name].clone()
-
-
-def write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
-    """Writes tensors to one safetensors file, or to several of that size and an index, in place of those there."""
-    from safetensors.torch import save_file
-
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    n = len(shards)
-    files = [WEIGHTS] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
-    for file, shard in zip(files, shards, strict=True):
-        with replacing(folder / file) as temporary:
-            save_file(shard, temporary, metadata={"format": "pt"})
-    if n > 1:
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_whole(folder / INDEX, json.dumps(index, indent=2).encode())
-        files.append(INDEX)
-    for path in folder.iterdir():
-        if WEIGHT_FILES.fullmatch(path.name) and path.name not in files:
-            path.unlink()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name for a file, renamed to `path` at the end: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; safetensors writes files that only the owner may read
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, then renames it."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)

@@ -50,8 +50,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             delete_patterns: list[str],
         ) -> SimpleNamespace:
             target = tmp_path / repo_id / (revision or "main")
-            for path in target.iterdir():
-                if any(fnmatch(path.name, pattern) for pattern in delete_patterns):
+            for path in [path for path in target.rglob("*") if path.is_file()]:
+                if any(fnmatch(str(path.relative_to(target)), pattern) for pattern in delete_patterns):
                     path.unlink()
             shutil.copytree(folder_path, target, dirs_exist_ok=True)
             return SimpleNamespace(commit_url=f"https://hub/{repo_id}/{'pr' if create_pr else 'commit'}/1")
@@ -88,9 +88,13 @@ def test_a_card_that_is_there_stays_and_old_shards_go(hub: Path) -> None:
     main = hub / "me/tiny/main"
     (main / "README.md").write_text("mine")
     (main / "model-00001-of-00002.safetensors").write_text("old")
+    (main / "models").mkdir()
+    others = [main / "model_ema.safetensors", main / "models" / "vae.safetensors", main / "model-ema-of-x.safetensors"]
+    for other in others:
+        other.write_text("mine")
     make().push_to_hub("me/tiny", create_pr=True)
     assert (main / "README.md").read_text() == "mine"
-    assert not list(main.glob("model-*"))
+    assert not list(main.glob("model-0*")) and all(other.exists() for other in others)
 
 
 def test_a_branch(hub: Path) -> None:

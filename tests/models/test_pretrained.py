@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import threading
 from dataclasses import FrozenInstanceError, asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from linrnn.models import Pretrained, SequenceClassifier
+from linrnn.models import LanguageModel, Pretrained, SequenceClassifier
+from linrnn.models.files import write_whole
 from linrnn.models.pretrained import CONFIG, INDEX, WEIGHTS
 
 
@@ -97,6 +99,78 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
     assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
     x = torch.randint(7, (2, 9))
     assert torch.equal(SequenceClassifier.from_pretrained(tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("before, after", [(10**6, 10**6), (3000, 3000), (10**6, 3000), (3000, 10**6), (2000, 3000)])
+def test_an_interruption_leaves_no_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int
+) -> None:
+    """At each call that changes a name: the old model, the new one, or an error."""
+    old, new = (LanguageModel(7, d_model=16, n_layers=1, logit_soft_cap=cap) for cap in (1.0, 2.0))
+    ids, calls = torch.randint(7, (2, 9)), [0]
+    expected = [old(ids)[0], new(ids)[0]]
+    unlink, replace_ = Path.unlink, os.replace
+
+    def interrupted(call: Any) -> Any:
+        def change(path: Path, *args: Any, **kwargs: Any) -> None:
+            if not str(path).endswith(".tmp") or call is replace_:
+                calls[0] -= 1
+                if calls[0] == 0:
+                    raise KeyboardInterrupt
+            call(path, *args, **kwargs)
+
+        return change
+
+    seen = []
+    for n in range(1, 30):
+        calls[0] = 0
+        old.save_pretrained(tmp_path, max_shard_bytes=before)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", interrupted(unlink))
+            patch.setattr(os, "replace", interrupted(replace_))
+            calls[0] = n
+            try:
+                new.save_pretrained(tmp_path, max_shard_bytes=after)
+                break
+            except KeyboardInterrupt:
+                pass
+        try:
+            logits = LanguageModel.from_pretrained(tmp_path)(ids)[0]
+            seen.append([torch.equal(logits, y) for y in expected].index(True))
+        except FileNotFoundError:
+            seen.append(-1)
+        assert not list(tmp_path.glob(".*"))
+    assert seen[0] == 0 and -1 in seen and len(seen) > 3
+    assert torch.equal(LanguageModel.from_pretrained(tmp_path)(ids)[0], expected[1])
+
+
+def test_the_next_weights_of_one_model_replace_the_last_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make().save_pretrained(tmp_path)
+    monkeypatch.setattr(os, "replace", lambda old, new: pytest.fail("gone") if not new.exists() else None)
+    make().save_pretrained(tmp_path)
+
+
+def test_two_threads_write_one_file(tmp_path: Path) -> None:
+    contents, failed = [bytes([i]) * 1000 for i in range(2)], []
+
+    def write(content: bytes) -> None:
+        for _ in range(20):
+            try:
+                write_whole(tmp_path / "file", content)
+            except OSError as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and (tmp_path / "file").read_bytes() in contents and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(FileNotFoundError) as error:
+        write_whole(tmp_path / "missing" / "file", b"")
+    assert error.value.filename == str(tmp_path / "missing" / "file")
 
 
 def test_a_file_that_is_being_read_stays_whole(tmp_path: Path) -> None:
@@ -190,6 +264,89 @@ def test_a_long_list_of_misfits_is_cut(tmp_path: Path) -> None:
         SequenceClassifier.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name, dtype, message",
+    [
+        ("head.weight", torch.int8, "dtype of head.weight: expected a floating point one, got torch.int8"),
+        ("head.weight", torch.complex64, "dtype of head.weight: expected a floating point one, got torch.complex64"),
+        ("head.weight", torch.float8_e4m3fn, "dtype of head.weight: expected a floating point one"),
+        ("head.weight", torch.bfloat16, "dtype of head.weight: expected torch.float32 as the others, got .*bfloat16"),
+        ("count", torch.float32, "dtype of count: expected torch.int64, got torch.float32"),
+    ],
+)
+def test_numbers_of_another_kind(tmp_path: Path, name: str, dtype: torch.dtype, message: str) -> None:
+    model = make() if name == "head.weight" else Tied(5)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({**tensors, name: tensors[name].to(dtype)}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=message):
+        type(model).from_pretrained(tmp_path)
+    if dtype == torch.bfloat16:
+        assert type(model).from_pretrained(tmp_path, dtype=torch.float32).head.weight.dtype == torch.float32
+
+
+class WithNumbers(Pretrained):
+    """Has numbers that are in no file, one of them read in the constructor, and a submodule called model."""
+
+    def __init__(self, size: int = 4):
+        super().__init__()
+        self.config = self.constructor_arguments(locals())
+        self.model = nn.Linear(size, size)
+        self.register_buffer("powers", 2.0 ** torch.arange(size), persistent=False)
+        self.offset = torch.ones(size)
+        self.largest = self.powers.max().item()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) * self.powers + self.offset + self.largest
+
+
+def test_numbers_that_are_not_saved_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = WithNumbers(), torch.randn(3, 4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(WithNumbers.from_pretrained(tmp_path)(x), model(x))
+    monkeypatch.setattr(Tensor, "item", lambda self: 8.0)  # the constructor runs without numbers now
+    again = WithNumbers.from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(again(x.double()), model.double()(x.double()))
+
+
+def test_loading_draws_no_numbers(tmp_path: Path) -> None:
+    models = [WithNumbers(), LanguageModel(5, mixer=["lru", "mamba", "performer"], d_model=16, n_layers=3)]
+    for model in models:
+        model.save_pretrained(tmp_path)
+        before = torch.get_rng_state()
+        type(model).from_pretrained(tmp_path)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"vocab_size": 10**13}, r"shape of embed.weight: expected \(10000000000000, 64\)"),
+        ({"vocab_size": 10**18}, r"config\.json: .*sizes beyond any memory"),
+        ({"n_layers": 10**7}, r"config\.json: n_layers: expected at most the number of tensors, \d+, got 10000000"),
+    ],
+)
+def test_a_config_of_no_possible_model(tmp_path: Path, changes: dict[str, int], message: str) -> None:
+    LanguageModel(5).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config["arguments"] |= changes
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        LanguageModel.from_pretrained(tmp_path)
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    untied = LanguageModel(5, d_model=16, tie_embeddings=True)
+    untied.head.weight = nn.Parameter(torch.randn(5, 16))
+    resized = make()
+    resized.head = nn.Linear(16, 4)
+    for model, message in ((untied, r"unexpected: head\.weight"), (resized, r"shape of head\.weight: expected")):
+        with pytest.raises(ValueError, match=rf"its config does not make these tensors \(.*{message}"):
+            model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_arguments_must_be_json(tmp_path: Path) -> None:
     model = make(mixer_kwargs={"max_phase": torch.tensor(0.5)})
     with pytest.raises(TypeError, match="config: expected arguments that JSON can hold"):
@@ -276,3 +433,40 @@ def test_a_subclass_with_other_arguments(tmp_path: Path) -> None:
     assert torch.equal(Wider.from_pretrained(tmp_path)(x), model(x))
     with pytest.raises(TypeError, match=r"Wider\.config: expected self\.constructor_arguments"):
         Wider(3, 2, record=False).save_pretrained(tmp_path)
+
+
+class Forgetful(LanguageModel):
+    """Records nothing of its own."""
+
+    def __init__(self, vocab_size: int, *, d_model: int = 16, gain: float = 1.0):
+        super().__init__(vocab_size, d_model=2 * d_model)
+        self.gain = gain
+
+
+class Narrow(LanguageModel):
+    """Has arguments of the base's names only, and other values for them."""
+
+    def __init__(self, vocab_size: int, *, d_model: int = 16):
+        super().__init__(vocab_size, d_model=2 * d_model)
+
+
+class Nameless(LanguageModel):
+    """Hands on whatever it gets."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "cls, message",
+    [
+        (Forgetful, r"Forgetful\.config: expected self\.constructor_arguments\(locals\(\)\)"),
+        (Narrow, r"Narrow\.config: expected self\.constructor_arguments"),
+        (Nameless, r"Nameless: expected a constructor whose arguments have names, got \*args"),
+    ],
+)
+def test_a_subclass_that_records_nothing(tmp_path: Path, cls: type[LanguageModel], message: str) -> None:
+    model = cls(5, d_model=8)
+    assert model.config is None
+    with pytest.raises(TypeError, match=message):
+        model.save_pretrained(tmp_path)

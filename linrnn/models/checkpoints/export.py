@@ -11,8 +11,9 @@ from linrnn.layers.base import positive_int
 from linrnn.layers.mamba import Mamba
 from linrnn.layers.mamba2 import Mamba2
 from linrnn.models.checkpoints.names import renamed
+from linrnn.models.files import write_checkpoint
 from linrnn.models.language import LanguageModel
-from linrnn.models.pretrained import CONFIG, unique_tensors, write_weights, write_whole
+from linrnn.models.weights import unique_tensors
 
 MODELS = {"mamba": "MambaForCausalLM", "falcon_mamba": "FalconMambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}
 NAMES = {
@@ -50,7 +51,7 @@ def export_transformers(
         TypeError: not a LanguageModel.
         ValueError: transformers has no such model; says what of it.
     """
-    if not isinstance(model, LanguageModel):
+    if type(model) is not LanguageModel:  # a class derived from it may compute anything
         raise TypeError(f"model: expected a LanguageModel, got {type(model).__name__}")
     positive_int("max_shard_bytes", max_shard_bytes)
     config = describe(model)
@@ -58,13 +59,11 @@ def export_transformers(
     given = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     for name, value in given.items():
         value = getattr(tokenizer, name, None) if value is None else value
-        if value is not None and not 0 <= value < model.vocab_size:
-            raise ValueError(f"{name}: expected an id from 0 to {model.vocab_size - 1} or None, got {value}")
+        if value is not None and not (type(value) is int and 0 <= value < model.vocab_size):
+            raise ValueError(f"{name}: expected an id from 0 to {model.vocab_size - 1} or None, got {value!r}")
         config[name] = value  # null too: transformers' own default would end every text at id 0
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder, their_tensors(model), max_shard_bytes)
-    write_whole(folder / CONFIG, json.dumps(config, indent=2).encode())
+    write_checkpoint(folder, json.dumps(config, indent=2), their_tensors(model), max_shard_bytes)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
 
@@ -79,6 +78,8 @@ def describe(model: LanguageModel) -> dict[str, Any]:
         refuse(name, c[name], c[name] == value, repr(value))
     for name in ("embed_scale", "logit_soft_cap"):
         refuse(name, c[name], c[name] is None, "None")
+    tied = model.head.weight is model.embed.weight
+    refuse("tie_embeddings", model.tie_embeddings, tied == model.tie_embeddings, f"{tied}, as the head is,")
     eps = cast(nn.RMSNorm, blocks[0].mixer_norm).eps
     mixer = cast(Mamba | Mamba2, mixers[0])
     fields = mamba_fields(mixer) if isinstance(mixer, Mamba) else mamba2_fields(mixer, eps)

@@ -5,7 +5,39 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class Source:
+    """A folder, or a repository of the hub at one commit.
+
+    Args:
+        source: the folder, or "owner/name".
+        revision: branch, tag or commit of the repository; the main branch if None.
+        dtype: what the parameters are to be, which is checked before anything is read.
+
+    Raises:
+        TypeError, NotADirectoryError, FileNotFoundError: as `is_hub_id`.
+        ValueError: dtype is no floating point one, or a folder with a revision.
+    """
+
+    def __init__(self, source: str | os.PathLike[str], revision: str | None, dtype: torch.dtype | None):
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype: expected a floating point torch.dtype or None, got {dtype!r}")
+        self.remote = is_hub_id(source)
+        if revision is not None and not self.remote:
+            raise ValueError(f"revision: a folder has none, only a repository of the hub, got {revision!r}")
+        self.source, self.revision = source, revision
+
+    def fetch(self, files: Sequence[str]) -> Path:
+        """Returns the folder, into which these files have been downloaded if it is a repository that has them."""
+        if not self.remote:
+            return Path(self.source)
+        folder = download(str(self.source), self.revision, files)
+        self.revision = folder.name  # the commit, wherever the branch is at the next call
+        return folder
 
 
 def is_hub_id(source: str | os.PathLike[str]) -> bool:

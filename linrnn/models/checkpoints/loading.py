@@ -1,24 +1,25 @@
 """From the folder of a checkpoint to a language model of our layers."""
 
 import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from linrnn.layers.base import accumulation_dtype
 from linrnn.models.checkpoints import mamba, mamba2, original, recurrent_gemma, rwkv4
-from linrnn.models.checkpoints.hub import download, is_hub_id
+from linrnn.models.checkpoints.hub import Source
 from linrnn.models.checkpoints.reading import read_json, read_tensors, weight_files
 from linrnn.models.checkpoints.tokenizer import TOKENIZER_FILES, read_tokenizer
+from linrnn.models.files import CONFIG, INDEX
 from linrnn.models.language import LanguageModel
-from linrnn.models.pretrained import CONFIG, INDEX, fill_, unique_tensors
+from linrnn.models.pretrained import check_depth
+from linrnn.models.weights import fill, skeleton
 
+T = TypeVar("T")
 # model_type of a config.json: the module whose `arguments` and `tensors` translate it
 FAMILIES: dict[str, ModuleType] = {
     "mamba": mamba,
@@ -27,7 +28,7 @@ FAMILIES: dict[str, ModuleType] = {
     "recurrent_gemma": recurrent_gemma,
     "rwkv": rwkv4,
 }
-PROGRESS_BYTES = 1 << 30  # what takes seconds to read
+DEEP = 1000  # layers that are built in a moment
 
 
 def load_pretrained(
@@ -60,31 +61,25 @@ def load_pretrained(
         ImportError: a hub id without huggingface_hub.
         ValueError: a model_type we do not have, a config we cannot honour, a damaged file, or tensors that do not fit.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype: expected a floating point torch.dtype or None, got {dtype!r}")
-    remote = is_hub_id(source)
-    if remote:
-        folder = download(str(source), revision, [CONFIG, INDEX, *TOKENIZER_FILES])
-    elif revision is not None:
-        raise ValueError(f"revision: a folder has none, only a repository of the hub, got {revision!r}")
+    place = Source(source, revision, dtype)
+    folder = place.fetch([CONFIG, INDEX, *TOKENIZER_FILES])
+    family, config = find_family(read_json(folder / CONFIG), folder / CONFIG)
+    files = weight_files(folder)
+    if family is None:
+        dtype = dtype or common_dtype(read_tensors(place.fetch(files), files, integers=True))
+        model = LanguageModel.from_pretrained(folder, dtype=dtype, device=device)
     else:
-        folder = Path(source)
-    config = read_json(folder / CONFIG)
-    family, config = find_family(config, folder / CONFIG)
-    # what a config asks for is known to be right before gigabytes are downloaded
-    arguments = {} if family is None else translated(family.arguments, config, source=folder / CONFIG)
-    model = None if family is None else skeleton(arguments, folder)
-    if remote:  # at the same commit, also if the branch has moved since
-        download(str(source), folder.name, weight_files(folder))
-    if family is None or model is None:
-        model = LanguageModel.from_pretrained(folder)
-        model = model.to(device=device, dtype=dtype or accumulation_dtype(model.embed.weight.dtype))
-    else:
-        saved = translated(family.tensors, read_tensors(folder, weight_files(folder)), config, source=folder)
+        depth = config.get("num_hidden_layers")
+        if isinstance(depth, int) and depth > DEEP:
+            check_depth(folder / CONFIG, "num_hidden_layers", depth, len(read_tensors(place.fetch(files), files)))
+        # what a config asks for is known to be right before gigabytes are downloaded
+        arguments = translated(family.arguments, config, source=folder / CONFIG)
+        model = translated(build, arguments, source=folder / CONFIG)
+        saved = translated(family.tensors, read_tensors(place.fetch(files), files), config, source=folder)
         if model.tie_embeddings and not tie(saved):
             warnings.warn(f"{folder}: tie_word_embeddings is true, yet lm_head differs: it is not tied", stacklevel=2)
-            model = skeleton({**arguments, "tie_embeddings": False}, folder)
-        model = fill(model, saved, folder, dtype or common_dtype(saved), device)
+            model = build({**arguments, "tie_embeddings": False})
+        model = fill(model, saved, str(folder), dtype or common_dtype(saved), device)
     model.tokenizer = read_tokenizer(folder)
     return model.eval()
 
@@ -106,59 +101,34 @@ def find_family(config: dict[str, Any], path: Path) -> tuple[ModuleType | None, 
     return FAMILIES[model_type], config
 
 
-def translated(translate: Callable[..., dict[str, Any]], *arguments: Any, source: Path) -> dict[str, Any]:
-    """Calls a function of a family; its ValueError names the file too."""
+def translated(translate: Callable[..., T], *arguments: Any, source: Path) -> T:
+    """Calls a function; its error is a ValueError that names the file too."""
     try:
         return translate(*arguments)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
 
 
-def skeleton(arguments: Mapping[str, Any], folder: Path) -> LanguageModel:
+def build(arguments: Mapping[str, Any]) -> LanguageModel:
     """Builds a model without numbers."""
-    try:
-        with torch.device("meta"):
-            return LanguageModel(**arguments)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    return skeleton(lambda: LanguageModel(**arguments))
 
 
 def tie(saved: dict[str, Tensor]) -> bool:
     """Makes one tensor of a saved embedding and a head of the same numbers, in place; returns False if they differ."""
     head, embedding = saved.get("head.weight"), saved.get("embed.weight")
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
-        return False
+    if head is not None and embedding is not None:
+        same = head.shape == embedding.shape and torch.allclose(head, embedding, rtol=0, atol=0, equal_nan=True)
+        if not same:
+            return False
     if head is not None:
         saved["embed.weight"] = saved.pop("head.weight")
     return True
-
-
-def fill(
-    model: LanguageModel,
-    saved: Mapping[str, Tensor],
-    folder: Path,
-    dtype: torch.dtype,
-    device: torch.device | str | None,
-) -> LanguageModel:
-    """Gives a skeleton the saved tensors, one after the other: no number is in memory twice."""
-    fill_(model, {name: tensor.to("meta") for name, tensor in saved.items()}, str(folder))  # checks names and shapes
-    model = model.to(dtype).to_empty(device=device or torch.get_default_device())
-    if model.tie_embeddings:
-        model.head.weight = model.embed.weight
-    total, done, shown = sum(tensor.nbytes for tensor in saved.values()), 0, 0
-    with torch.no_grad():
-        for name, own in unique_tensors(model).items():
-            own.copy_(saved[name])
-            done += saved[name].nbytes
-            if done - shown >= PROGRESS_BYTES:
-                shown = done
-                print(f"{folder}: {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr)
-    return model
 
 
 def common_dtype(saved: Mapping[str, Tensor]) -> torch.dtype:
     """Returns what holds every saved number: float32, or float64."""
     dtype = torch.float32
     for tensor in saved.values():
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        dtype = torch.promote_types(dtype, tensor.dtype) if tensor.is_floating_point() else dtype
     return dtype

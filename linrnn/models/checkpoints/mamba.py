@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from linrnn.models.checkpoints.fields import Fields
-from linrnn.models.checkpoints.names import renamed
+from linrnn.models.checkpoints.names import filters, inside, renamed
 
 NAMES = {
     r"backbone\.layers\.(\d+)\.norm\.(\w+)": r"backbone.blocks.\1.mixer_norm.\2",
@@ -71,11 +71,9 @@ def common_arguments(fields: Fields, d_model: int, vocab_size: int, tied: bool, 
 def tensors(saved: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Maps their tensors to our names; one that we do not know keeps its own."""
     ours = language_names(saved)
-    return {name: t[:, 0] if name.endswith(".conv1d.weight") and t.ndim == 3 else t for name, t in ours.items()}
+    return {name: filters(t) if name.endswith(".conv1d.weight") else t for name, t in ours.items()}
 
 
 def language_names(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gives the tensors of a language model, or of its backbone alone, our names."""
-    if not any(name.startswith("backbone.") for name in saved):
-        saved = {f"backbone.{name}": tensor for name, tensor in saved.items()}
-    return renamed(saved, NAMES)
+    return renamed(inside("backbone.", saved), NAMES)

@@ -13,6 +13,7 @@ from torch import Tensor
 from linrnn.layers.time_step import check_dt_limit
 from linrnn.models.checkpoints.fields import Fields
 from linrnn.models.checkpoints.mamba import common_arguments, language_names
+from linrnn.models.checkpoints.names import filters
 
 NO_LIMIT = (0.0, float("inf"))
 
@@ -58,8 +59,8 @@ def tensors(saved: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str,
     ours = {}
     for name, tensor in language_names(saved).items():
         name = name.replace(".mixer.conv1d.", ".mixer.conv.")
-        if name.endswith(".mixer.conv.weight") and tensor.ndim == 3:
-            tensor = tensor[:, 0]
+        if name.endswith(".mixer.conv.weight"):
+            tensor = filters(tensor)
         elif name.endswith(".mixer.norm.weight") and tensor.ndim == 1 and len(tensor) % n_groups == 0:
             tensor = tensor.view(n_groups, -1)
         ours[name] = tensor

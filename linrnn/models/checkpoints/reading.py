@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from linrnn.models.pretrained import INDEX, WEIGHTS
+from linrnn.models.files import INDEX, WEIGHTS
 
 SPECIAL_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from linrnn.layers.base import accumulation_dtype
 from linrnn.models.checkpoints.fields import Fields
-from linrnn.models.checkpoints.names import renamed, take
+from linrnn.models.checkpoints.names import filters, inside, joined, renamed, take
 
 MIXERS = {"recurrent": "griffin", "attention": "attention"}
 NAMES = {
@@ -53,7 +53,7 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             "d_head": d_head,
             "n_kv_heads": n_kv_heads,
             "positions": positions(fields, d_head),
-            "window": fields.integer("attention_window_size", 2048),
+            "window": window(fields),
             "qk_bias": fields.flag("attention_bias", False),
             "out_bias": True,
             "dropout": fields.number("attention_dropout", 0.0),
@@ -83,31 +83,37 @@ def tensors(saved: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str,
     Those that are computed here are at least float32, whatever theirs are.
 
     Raises:
-        ValueError: some of the tensors that make one of ours are missing, naming them.
+        ValueError: some of the tensors that make one of ours are missing, or of wrong shapes, naming them.
     """
     fields = Fields(config)
-    n_heads, n_kv_heads, d_head = heads(fields)
-    ours = renamed(saved, NAMES)
+    d_model, (n_heads, n_kv_heads, d_head) = fields.integer("hidden_size", 2560), heads(fields)
+    ours = renamed(inside("model.", saved), NAMES)
     for i, block in enumerate(blocks(fields, fields.integer("num_hidden_layers", 26))):
         theirs, name = f"model.layers.{i}", f"backbone.blocks.{i}"
         for part in ("weight", "bias"):
             gate, up = (f"{theirs}.mlp_block.{projection}_proj.{part}" for projection in ("gate", "up"))
-            ours[f"{name}.ffn.gate_in.{part}"] = torch.cat(take(ours, gate, up))
+            ours[f"{name}.ffn.gate_in.{part}"] = joined(take(ours, gate, up))
         if block != "attention":
             continue
         q, k, v = (f"{theirs}.temporal_block.{projection}_proj" for projection in "qkv")
-        ours[f"{name}.mixer.qkv.weight"] = torch.cat(take(ours, f"{q}.weight", f"{k}.weight", f"{v}.weight"))
+        ours[f"{name}.mixer.qkv.weight"] = joined(take(ours, f"{q}.weight", f"{k}.weight", f"{v}.weight"))
         if fields.flag("attention_bias", False):
-            q_bias, k_bias, v_bias = take(ours, f"{q}.bias", f"{k}.bias", f"{v}.bias")
+            biases = take(ours, f"{q}.bias", f"{k}.bias", f"{v}.bias")
+            for bias_name, n in zip(biases, (n_heads, n_kv_heads, n_kv_heads), strict=True):
+                check_shape(bias_name, biases[bias_name], n * d_head)
+            q_bias, k_bias, v_bias = biases.values()
             ours[f"{name}.mixer.qk_bias"] = torch.cat((q_bias, k_bias)).view(-1, d_head)
             values = wide(v_bias).view(n_kv_heads, 1, d_head).expand(-1, n_heads // n_kv_heads, -1).flatten()
-            weight, bias = take(ours, f"{name}.mixer.out.weight", f"{name}.mixer.out.bias")
-            ours |= {f"{name}.mixer.out.weight": weight, f"{name}.mixer.out.bias": wide(bias) + wide(weight) @ values}
+            out = take(ours, f"{name}.mixer.out.weight", f"{name}.mixer.out.bias")
+            weight, bias = out.values()
+            check_shape(f"{theirs}.temporal_block.o_proj.bias", bias, d_model)
+            check_shape(f"{theirs}.temporal_block.o_proj.weight", weight, d_model, len(values))
+            ours |= {**out, f"{name}.mixer.out.bias": wide(bias) + wide(weight) @ values}
     for name, tensor in ours.items():
         if name.endswith("norm.weight"):
             ours[name] = 1 + wide(tensor)
-        elif name.endswith("conv_1d.weight") and tensor.ndim == 3:
-            ours[name] = tensor[:, 0]
+        elif name.endswith("conv_1d.weight"):
+            ours[name] = filters(tensor)
     return ours
 
 
@@ -146,6 +152,20 @@ def positions(fields: Fields, d_head: int) -> dict[str, Any]:
             f"got {fraction}"
         )
     return {"kind": "rope", "base": positive(rope, "rope_theta", 10000.0), "fraction": turned / d_head}
+
+
+def window(fields: Fields) -> int:
+    """Returns the number of tokens that a token sees: `attention_window_size`, or transformers' other name for it."""
+    names = ("attention_window_size", "sliding_window")
+    given = {fields.integer(name, 1) for name in names if fields.get(name, None) is not None}
+    if len(given) > 1:
+        raise ValueError(f"{', '.join(names)}: expected one number, got {sorted(given)}")
+    return given.pop() if given else 2048
+
+
+def check_shape(name: str, tensor: Tensor, *shape: int) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"shape of {name}: expected {shape}, got {tuple(tensor.shape)}")
 
 
 def positive(fields: Fields, name: str, default: float) -> float:

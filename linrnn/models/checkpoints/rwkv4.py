@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from linrnn.models.checkpoints.fields import Fields
-from linrnn.models.checkpoints.names import renamed
+from linrnn.models.checkpoints.names import inside, renamed
 
 EPS = 1e-5
 
@@ -52,5 +52,5 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def tensors(saved: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Maps their tensors to our names; one that we do not know keeps its own."""
-    ours = renamed(saved, NAMES)
+    ours = renamed(inside("rwkv.", saved), NAMES)
     return {name: tensor.reshape(-1) if ".time_mix_" in name else tensor for name, tensor in ours.items()}

@@ -11,7 +11,7 @@ import torch
 
 from linrnn.models import LanguageModel, SequenceClassifier
 from linrnn.models.checkpoints import export_transformers, load_pretrained
-from linrnn.models.pretrained import unique_tensors
+from linrnn.models.weights import unique_tensors
 
 V = 50
 CASES: dict[str, dict[str, Any]] = {
@@ -30,6 +30,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "mamba2, limits": {"norm_eps": 1e-5, "mixer_kwargs": {"dt_limit": [0.01, 0.05]}},
 }
+
+
+class Derived(LanguageModel):
+    """Could compute anything."""
 
 
 def make(case: str = "mamba", **kwargs: Any) -> LanguageModel:
@@ -126,11 +130,21 @@ def test_models_without_an_equivalent(tmp_path: Path, kwargs: dict[str, Any], me
     assert not (tmp_path / "folder").exists()
 
 
+def test_a_head_that_was_untied(tmp_path: Path) -> None:
+    model = make(tie_embeddings=True)
+    model.head.weight = torch.nn.Parameter(model.head.weight.detach() + 1)
+    with pytest.raises(ValueError, match=r"tie_embeddings: .* have False, as the head is, only, got True"):
+        export_transformers(model, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"eos_token_id": V}, ValueError, f"eos_token_id: expected an id from 0 to {V - 1} or None, got {V}"),
         ({"pad_token_id": -1}, ValueError, "pad_token_id: expected an id from 0"),
+        ({"eos_token_id": [0, 1]}, ValueError, r"eos_token_id: expected an id from 0 .*, got \[0, 1\]"),
+        ({"eos_token_id": 1.5}, ValueError, "eos_token_id: expected an id from 0 .*, got 1.5"),
+        ({"model": Derived(V, mixer="mamba", ffn=None)}, TypeError, "model: expected a LanguageModel, got Derived"),
         ({"max_shard_bytes": 0}, ValueError, "max_shard_bytes: expected an integer >= 1, got 0"),
         ({"model": SequenceClassifier(2, vocab_size=4, d_model=16)}, TypeError, "model: expected a LanguageModel, got"),
     ],

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from linrnn.models import LanguageModel, SequenceClassifier
-from linrnn.models.checkpoints import export_transformers, load_pretrained, loading
+from linrnn.models import LanguageModel, SequenceClassifier, weights
+from linrnn.models.checkpoints import export_transformers, load_pretrained
 
 V = 20
 IDS = torch.arange(2 * 9).view(2, 9) % V
@@ -65,7 +65,7 @@ def test_one_file_and_several(folder: Path, shards: Path, capsys: pytest.Capture
 
 
 def test_progress(shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(loading, "PROGRESS_BYTES", 10_000)
+    monkeypatch.setattr(weights, "PROGRESS_BYTES", 10_000)
     load_pretrained(shards)
     lines = capsys.readouterr().err.splitlines()
     total = sum(tensor.nbytes for tensor in make().state_dict().values())
@@ -189,6 +189,11 @@ def test_a_bad_index(shards: Path, text: str, message: str) -> None:
         ('{"model_type": "mamba", "hidden_size": -1}', "hidden_size: expected an integer >= 1, got -1"),
         ('{"model_type": "mamba", "time_step_min": 0.5}', "dt_min, dt_max: expected 0 < dt_min <= dt_max"),
         ('{"d_model": 16, "n_layer": 2, "rms_norm": false}', "rms_norm: expected True"),
+        ('{"model_type": "mamba", "hidden_size": 1000000000000}', "sizes beyond any memory"),
+        (
+            '{"model_type": "recurrent_gemma", "num_hidden_layers": 1000000000000}',
+            "num_hidden_layers: expected at most the number of tensors",
+        ),
     ],
 )
 def test_a_bad_config(folder: Path, text: str, message: str) -> None:
@@ -216,6 +221,34 @@ def test_tensors_that_do_not_fit(folder: Path) -> None:
     save_file(saved, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"does not fit LanguageModel \(missing: backbone\.blocks\.1\.mixer\.D\)"):
         load_pretrained(folder)
+
+
+def test_two_tensors_of_one_name(folder: Path) -> None:
+    saved = load_file(folder / "model.safetensors")
+    embeddings = saved["backbone.embeddings.weight"]
+    save_file({**saved, "backbone.embedding.weight": embeddings + 1}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"embeddings?\.weight: another tensor of the checkpoint is embed\.weight too"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_filters_over_several_channels(tmp_path: Path, mixer: str) -> None:
+    model = LanguageModel(V, mixer=mixer, d_model=32, n_layers=1, ffn=None, norm_eps=1e-5)
+    export_transformers(model, tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    name = "backbone.layers.0.mixer.conv1d.weight"
+    save_file({**saved, name: saved[name].repeat(1, 2, 1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"shape of backbone\.blocks\.0\.mixer\.conv\S*\.weight: .*, 2, 4\)"):
+        load_pretrained(tmp_path)
+
+
+def test_a_tied_head_of_nan(folder: Path) -> None:
+    saved = load_file(folder / "model.safetensors")
+    saved["backbone.embeddings.weight"][0, 0] = float("nan")
+    edit(folder / "config.json", tie_word_embeddings=True)
+    saved["lm_head.weight"] = saved["backbone.embeddings.weight"].clone()
+    save_file(saved, folder / "model.safetensors")
+    assert load_pretrained(folder).tie_embeddings
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])

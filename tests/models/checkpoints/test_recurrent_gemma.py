@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from linrnn.models import LanguageModel
 from linrnn.models.checkpoints import load_pretrained
@@ -131,3 +132,42 @@ def test_bad_tensors() -> None:
         tensors({"model.layers.0.mlp_block.up_proj.weight": torch.zeros(45, 40)}, config)
     with pytest.raises(ValueError, match="dropout: expected a number"):
         LanguageModel(**arguments(SETTINGS | {"attention_dropout": 2.0}))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("temporal_block.q_proj.weight", (), r"one shape behind the first dimension, got .*q_proj\.weight \(\)"),
+        (
+            "mlp_block.gate_proj.weight",
+            (3, 4),
+            r"one shape behind the first dimension, got .*gate_proj\.weight \(3, 4\)",
+        ),
+        ("temporal_block.q_proj.bias", (3,), r"shape of .*q_proj\.bias: expected \(\d+,\), got \(3,\)"),
+        ("temporal_block.v_proj.bias", (3,), r"shape of .*v_proj\.bias: expected \(\d+,\), got \(3,\)"),
+        ("temporal_block.o_proj.weight", (3, 4), r"shape of .*o_proj\.weight: expected \(40, \d+\), got \(3, 4\)"),
+        ("temporal_block.o_proj.bias", (3,), r"shape of .*o_proj\.bias: expected \(40,\), got \(3,\)"),
+    ],
+)
+def test_tensors_of_wrong_shapes(name: str, shape: tuple[int, ...], message: str, tmp_path: Path) -> None:
+    make(tmp_path, **OTHERS)
+    weights, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    where = next(key for key in weights if key.endswith("temporal_block.q_proj.weight")).split("temporal_block")[0]
+    assert where + name in weights
+    with pytest.raises(ValueError, match=message):
+        tensors(weights | {where + name: torch.zeros(shape)}, config)
+
+
+def test_the_other_name_of_the_window() -> None:
+    window = {"sliding_window": 3}
+    assert arguments(window)["mixer_kwargs"]["attention"]["window"] == 3
+    assert arguments(window | {"attention_window_size": None}) == arguments({"attention_window_size": 3})
+    with pytest.raises(ValueError, match=r"attention_window_size, sliding_window: expected one number, got \[3, 4\]"):
+        arguments(window | {"attention_window_size": 4})
+
+
+def test_the_base_model_alone(tmp_path: Path) -> None:
+    theirs = make(tmp_path / "whole")
+    theirs.model.save_pretrained(tmp_path / "base")
+    ids = torch.randint(61, (2, 9))
+    assert torch.equal(load_pretrained(tmp_path / "base")(ids)[0], load_pretrained(tmp_path / "whole")(ids)[0])

@@ -82,3 +82,10 @@ def test_bfloat16(tmp_path: Path) -> None:
 def test_bad_configs(field: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         arguments(SETTINGS | {field: value})
+
+
+def test_the_base_model_alone(tmp_path: Path) -> None:
+    theirs = make(tmp_path / "whole", tie_word_embeddings=True)
+    theirs.rwkv.save_pretrained(tmp_path / "base")
+    ids = torch.randint(61, (2, 9))
+    assert torch.equal(load_pretrained(tmp_path / "base")(ids)[0], load_pretrained(tmp_path / "whole")(ids)[0])
