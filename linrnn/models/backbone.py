@@ -59,6 +59,8 @@ class SequenceBackbone(RecurrentLayer):
     ):
         super().__init__(d_model)
         names = mixer_names(mixer, positive_int("n_layers", n_layers))
+        if mixer_kwargs is not None and not isinstance(mixer_kwargs, Mapping):
+            raise TypeError(f"mixer_kwargs: expected a mapping of keyword arguments or None, got {mixer_kwargs!r}")
         per_mixer = {mixer: mixer_kwargs or {}} if isinstance(mixer, str) else dict(mixer_kwargs or {})
         stray = sorted(set(per_mixer) - set(names))
         if stray:
@@ -167,4 +169,7 @@ def mixer_names(mixer: str | Sequence[str], n_layers: int) -> list[str]:
     pattern = [mixer] if isinstance(mixer, str) else list(mixer)
     if not 1 <= len(pattern) <= n_layers:
         raise ValueError(f"mixer: expected a name or 1 to n_layers = {n_layers} names, got {len(pattern)} names")
+    unknown = [name for name in pattern if name not in layers.LAYERS]
+    if unknown:
+        raise ValueError(f"mixer: no layer is called {unknown[0]!r}, expected one of {', '.join(layers.available())}")
     return list(islice(cycle(pattern), n_layers))

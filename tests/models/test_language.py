@@ -155,6 +155,7 @@ def test_embeddings_and_logits() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"mixer": ["lru", "nope"]}, "mixer: no layer is called 'nope', expected one of aaren, "),
         ({"ffn": "mlp"}, "ffn: expected one of 'swiglu', 'geglu', 'channel_mix', None, got 'mlp'"),
         (
             {"ffn_kwargs": {"biass": True}},
