@@ -1,11 +1,12 @@
 """Packs the operations of step.cpp and runs a list of them: constants are addresses, activations are refs."""
 
+import ctypes
 import enum
+import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from linrnn.kernels.cpu import library
@@ -67,6 +68,14 @@ def pack(
     return _PACK(kind, barrier, outputs, unit, size, option, eps, *words, *addresses)
 
 
-def run(ops: bytes, n_ops: int, slots: bytes, batch: int, parallel: bool) -> None:
-    """Runs packed operations on `batch` rows, with torch's threads if `parallel`; `slots` are packed addresses."""
-    library().linrnn_step(ops, n_ops, slots, batch, torch.get_num_threads() if parallel else 1)
+def run(ops: bytes, n_ops: int, slots: bytes, batch: int, threads: int) -> None:
+    """Runs packed operations on `batch` rows, in so many of torch's threads; `slots` are packed addresses."""
+    _launch()(ops, n_ops, slots, batch, threads)
+
+
+@functools.cache
+def _launch() -> Callable[[bytes, int, bytes, int, int], None]:
+    launch = library().linrnn_step
+    launch.argtypes = (ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64)
+    launch.restype = None
+    return launch

@@ -5,6 +5,7 @@ of torch a layer take as long again. A layer that has `emit_step` writes its ste
 and models do so with all of theirs.
 """
 
+import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from linrnn.kernels.cpu.step import ACTIVATIONS, Kind, Ref, pack, run
+from linrnn.kernels.cpu.threads import usable_cpus
 from linrnn.kernels.tensors import resolved
 from linrnn.ops._backend import choose
 
@@ -109,7 +111,7 @@ class StepProgram:
         """The step of `selective_scan` with dt_softplus and one group, A (D, N) real; declares its state (D, N)."""
         before, after = self.state(*A.shape)
         out = self.buffer(x.width)
-        rates = (A.double() / torch.log(torch.tensor(2.0, dtype=torch.float64))).float()
+        rates = (A.double() / math.log(2)).float()
         refs = (x, dt, B, C, z, out, before, after, self.buffer(x.width))
         shape = {"outputs": A.shape[0], "size": A.shape[1]}
         return self._emit(Kind.SELECTIVE, refs, (rates, D), out, local, **shape)
@@ -189,11 +191,15 @@ class StepProgram:
     def function(self) -> Callable[[Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]]:
         """Returns the function (x (B, d_in), leaves of the state) -> (y (B, d_out), leaves after it).
 
-        It raises ValueError for leaves of another number, shape or dtype: what it reads lies at addresses.
+        It raises ValueError for leaves of another number, shape or dtype, and RuntimeError once parameters have been
+        moved (`share_memory`, a pickle for another process): what it reads lies at addresses.
         """
-        ops, n_ops, leaves, constants = b"".join(self._ops), len(self._ops), self.leaves, self._constants
+        ops, n_ops, leaves = b"".join(self._ops), len(self._ops), self.leaves
+        constants = list({c.untyped_storage().data_ptr(): c for c in self._constants}.values())  # one of each storage
+        places = [c.data_ptr() for c in constants]
         # not by the batch: a row's numbers must not depend on it, and threads are what channels are dealt out to
-        parallel = sum(c.numel() for c in constants) >= MIN_WEIGHTS * n_ops
+        parallel = sum(c.numel() for c in self._constants) >= MIN_WEIGHTS * n_ops
+        most = usable_cpus() if parallel else 1  # threads that spin for one without a core cost milliseconds
         packer, arena_width, d_in, d_out = (
             struct.Struct(f"{STATES + 2 * len(leaves)}q").pack,
             self._arena,
@@ -209,8 +215,12 @@ class StepProgram:
                 )
             if len(before) != len(leaves):
                 raise ValueError(f"state: expected {len(leaves)} tensors, got {len(before)}")
-            x, y, arena = resolved(x).contiguous(), torch.empty(B, d_out), torch.empty(B * arena_width)
-            held, after, addresses = [x, constants], [], [x.data_ptr(), arena.data_ptr(), y.data_ptr()]
+            if list(map(Tensor.data_ptr, constants)) != places:
+                raise RuntimeError("parameters have been moved in memory: make the frozen step again")
+            x = resolved(x).contiguous()
+            # of the dtype and on the device of x, whatever torch's defaults are
+            y, arena = x.new_empty(B, d_out), x.new_empty(B * arena_width)
+            held, after, addresses = [x], [], [x.data_ptr(), arena.data_ptr(), y.data_ptr()]
             for leaf, (shape, dtype) in zip(before, leaves, strict=True):
                 if leaf.dtype is not dtype or leaf.shape != (B, *shape) or not leaf.is_cpu:
                     raise ValueError(
@@ -223,7 +233,7 @@ class StepProgram:
                 next_leaf = torch.empty_like(leaf)
                 after.append(next_leaf)
                 addresses += (leaf.data_ptr(), next_leaf.data_ptr())
-            run(ops, n_ops, packer(*addresses), B, parallel)
+            run(ops, n_ops, packer(*addresses), B, min(most, torch.get_num_threads()))
             return y, after
 
         return call

@@ -197,6 +197,7 @@ def everything(D):
 def test_a_row_does_not_see_the_others(D, threads, monkeypatch):
     """Bit for bit, whatever the batch and whatever its neighbours hold."""
     monkeypatch.setattr(step_program, "MIN_WEIGHTS", 0)
+    monkeypatch.setattr(step_program, "usable_cpus", lambda: threads)
     program = everything(D)
     call, x, states = program.function(), torch.randn(9, D), state_of(program, 9)
     torch.set_num_threads(threads)
@@ -259,6 +260,7 @@ def test_threads_share_the_work(D, monkeypatch):
     x, states = torch.randn(2, D), state_of(program, 2)
     y, after = program.function()(x, states)
     monkeypatch.setattr(step_program, "MIN_WEIGHTS", 0)
+    monkeypatch.setattr(step_program, "usable_cpus", lambda: 3)
     call = program.function()
     for threads in (2, 3):
         torch.set_num_threads(threads)
@@ -279,3 +281,46 @@ def test_weights_are_read_where_they_are():
     call(x, [])
     weight.mul_(2)
     close(call(x, [])[0], x @ weight.T)
+
+
+@pytest.mark.parametrize("default", ("float64", "bfloat16", "meta"))
+def test_the_defaults_of_torch_do_not_matter(default):
+    """Neither the dtype nor the device of new tensors: the outputs would lie elsewhere, or in too little room."""
+    program, plain = StepProgram(13, 13), torch.get_default_dtype()
+    A, D, x = -torch.rand(13, 3), torch.randn(13), torch.randn(2, 13)
+    with torch.device("meta") if default == "meta" else torch.device("cpu"):
+        torch.set_default_dtype(plain if default == "meta" else getattr(torch, default))
+        try:
+            u = program.selective(program.x, program.x, A, program.x, program.x, D, program.x)
+            program.gate(u, out=program.y)
+            y, _ = program.function()(x, [x.new_zeros(2, 13, 3)])
+        finally:
+            torch.set_default_dtype(plain)
+    other = StepProgram(13, 13)
+    other.gate(other.selective(other.x, other.x, A, other.x, other.x, D, other.x), out=other.y)
+    assert y.dtype == x.dtype and torch.equal(y, other.function()(x, [x.new_zeros(2, 13, 3)])[0])
+
+
+@pytest.mark.parametrize("move", (lambda w: w.share_memory_(), lambda w: w.untyped_storage().resize_(0)))
+def test_weights_that_have_moved_are_noticed(move):
+    weight = torch.randn(5, 7)
+    program = StepProgram(7, 5)
+    program.linear(program.x, weight, out=program.y)
+    call, x = program.function(), torch.randn(2, 7)
+    call(x, [])
+    move(weight)
+    with pytest.raises(RuntimeError, match="make the frozen step again"):
+        call(x, [])
+
+
+def test_no_more_threads_than_cpus(monkeypatch):
+    """Threads that spin for one that has no core to run on wait for milliseconds."""
+    seen = []
+    monkeypatch.setattr(step_program, "MIN_WEIGHTS", 0)
+    monkeypatch.setattr(step_program, "run", lambda *args: seen.append(args[-1]))
+    for cpus, threads in ((1, 2), (3, 2)):
+        monkeypatch.setattr(step_program, "usable_cpus", lambda cpus=cpus: cpus)
+        call = everything(13).function()
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        call(torch.randn(1, 13), state_of(everything(13), 1))
+    assert seen == [1, 2]
