@@ -130,7 +130,7 @@ def test_bidirectional_carries_nothing() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"mixer": "gru"}, "name: no layer is called 'gru'"),
+        ({"mixer": "gru"}, "mixer: no layer is called 'gru'"),
         ({"mixer": []}, "mixer: expected a name or 1 to n_layers = 2 names, got 0"),
         ({"mixer": ["lru"] * 3}, "mixer: expected a name or 1 to n_layers = 2 names, got 3"),
         ({"d_model": 0}, "d_model: expected an integer >= 1, got 0"),

@@ -115,7 +115,7 @@ def test_saved_and_loaded(tmp_path: Path, tie_embeddings: bool) -> None:
     ("kwargs", "message"),
     [
         ({"vocab_size": 0}, "vocab_size: expected an integer >= 1, got 0"),
-        ({"mixer": "gru"}, "name: no layer is called 'gru'"),
+        ({"mixer": "gru"}, "mixer: no layer is called 'gru'"),
         ({"mixer": "attention", "mixer_kwargs": {"causal": False}}, "mixer_kwargs: .* expected causal mixers"),
     ],
 )
