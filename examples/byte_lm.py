@@ -19,51 +19,10 @@ from typing import Any
 import torch
 from byte_language_model import corpus as texts
 from byte_language_model import mixers, report
-from byte_language_model.training import Cell, DivergedError, Settings, run
+from byte_language_model.settings import OPTIONS, PRESETS, Settings
+from byte_language_model.training import Cell, DivergedError, run
 
 from linrnn.models import LanguageModel
-
-PRESETS = {
-    # one core: an hour for three seeds; 0.23 million parameters
-    "cpu": Settings(
-        d_model=64,
-        n_layers=4,
-        lengths=(128, 512),
-        batch_bytes=1024,
-        cell_bytes=1_638_400,
-        rates=(1e-3, 3e-3, 1e-2),
-        trial_bytes=327_680,
-        test_bytes=262_144,
-        validation_bytes=32_768,
-    ),
-    # one GPU: hours; 14 million parameters
-    "gpu": Settings(
-        d_model=384,
-        n_layers=8,
-        lengths=(128, 512, 2048),
-        batch_bytes=65_536,
-        cell_bytes=200_015_872,
-        rates=(3e-4, 1e-3, 3e-3),
-        trial_bytes=20_971_520,
-        test_bytes=1_048_576,
-        validation_bytes=262_144,
-        autocast=True,
-        compile=True,
-    ),
-    # seconds: shows that everything runs
-    "test": Settings(
-        d_model=32,
-        n_layers=1,
-        lengths=(16, 64),
-        batch_bytes=512,
-        cell_bytes=20_480,
-        rates=(1e-2,),
-        trial_bytes=5_120,
-        test_bytes=4_096,
-        validation_bytes=1_024,
-        evaluations=4,
-    ),
-}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -157,8 +116,7 @@ def train(args: argparse.Namespace) -> None:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """The preset with what the command line says instead."""
-    names = ("d_model", "n_layers", "cell_bytes", "trial_bytes", "batch_bytes", "lengths", "rates")
-    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given: dict[str, Any] = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     return replace(PRESETS[args.preset], **{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
 
 

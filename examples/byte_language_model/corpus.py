@@ -2,8 +2,9 @@
 
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 PARTS = ("train", "validation", "test")
 END = 0  # the byte behind every document
-LEFT_OUT = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
+NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 FEWEST_FILES, PIECES = 40, 200
+LONG_LINE = 25  # characters; shorter ones (`return None`) are alike without being copied
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,27 @@ class Corpus:
         sizes = {part: {"documents": len(self.names[part]), "bytes": getattr(self, part).numel()} for part in PARTS}
         return {**sizes, "fingerprint": self.fingerprint}
 
+    @cached_property
+    def repeated(self) -> float:
+        """The share of the test text's lines of 25 characters or more, by bytes, that the training text has too."""
+        held_out, training = map(lines, (self.test, self.train))
+        long = [line for line in held_out if len(line) >= LONG_LINE]
+        wanted = set(long)
+        known = {line for line in training if line in wanted}
+        return sum(len(line) for line in long if line in known) / max(1, sum(map(len, long)))
+
 
 def standard_library() -> dict[str, bytes]:
     """The Python source files of the standard library; without its tests, which some distributions leave out."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    return read([root], "*.py")
+    return read([root], "*.py", NOT_LIBRARY)
 
 
-def read(paths: Iterable[str | Path], pattern: str = "*") -> dict[str, bytes]:
+def read(paths: Iterable[str | Path], pattern: str = "*", without: Collection[str] = ()) -> dict[str, bytes]:
     """Maps names to contents: files as they are, of folders the files below them that match `pattern`.
 
     A file below a folder is called by its path from there, so that names do not depend on the machine. Hidden files and
-    folders, empty files and second copies of a content are left out; so are folders of tests and of other packages.
+    folders, `__pycache__`, folders whose name is in `without`, empty files and second copies of a content are left out.
 
     Raises:
         FileNotFoundError: a path that does not exist.
@@ -52,7 +63,7 @@ def read(paths: Iterable[str | Path], pattern: str = "*") -> dict[str, bytes]:
         if not path.exists():
             raise FileNotFoundError(f"text: {path} does not exist")
         if path.is_dir():
-            files = {file.relative_to(path).as_posix(): file for file in below(path, pattern)}
+            files = {file.relative_to(path).as_posix(): file for file in below(path, pattern, without)}
         else:
             files = {path.name: path}
             if not path.stat().st_size:
@@ -74,13 +85,15 @@ def read(paths: Iterable[str | Path], pattern: str = "*") -> dict[str, bytes]:
     return contents
 
 
-def below(folder: Path, pattern: str) -> list[Path]:
+def below(folder: Path, pattern: str, without: Collection[str]) -> list[Path]:
     """The files below a folder that `read` takes."""
     return [
         file
         for file in folder.rglob(pattern)
         if file.is_file()
-        and not any(part in LEFT_OUT or part.startswith(".") for part in file.relative_to(folder).parts)
+        and not any(
+            part.startswith(".") or part == "__pycache__" or part in without for part in file.relative_to(folder).parts
+        )
     ]
 
 
@@ -88,7 +101,7 @@ def split(contents: dict[str, bytes]) -> Corpus:
     """Puts nine documents of ten into training, and one of twenty each into validation and test.
 
     The hash of a document's name says where it goes, so that it stays there when others come or go. A document is a
-    file; fewer than 40 files are cut into some 200 pieces first.
+    file; fewer than 40 files are cut into some 200 pieces first, whose neighbours may lie in other parts.
 
     Raises:
         ValueError: a part would be empty.
@@ -124,6 +137,11 @@ def pieces(contents: dict[str, bytes]) -> dict[str, bytes]:
 def joined(documents: Iterable[bytes]) -> Tensor:
     data = b"".join(document + bytes([END]) for document in documents)
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def lines(text: Tensor) -> list[bytes]:
+    """The lines of all documents, without the space around them."""
+    return [line.strip() for line in text.numpy().tobytes().replace(bytes([END]), b"\n").split(b"\n")]
 
 
 def training_batch(text: Tensor, seed: int, step: int, chunks: int, length: int) -> Tensor:

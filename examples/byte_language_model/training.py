@@ -6,8 +6,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import linrnn
 from byte_language_model import corpus as texts
 from byte_language_model import mixers
+from byte_language_model.settings import Settings
 from linrnn.models import count_params, param_groups
 
 BITS = 1 / math.log(2)
@@ -26,54 +27,6 @@ BITS = 1 / math.log(2)
 
 class DivergedError(RuntimeError):
     """The loss is not a number any more."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all cells of a comparison share.
-
-    d_model, n_layers: width D and number of blocks of the model with attention; the others are as large.
-    lengths: windows in training; each divides the longest. A batch is cut from chunks of the longest, so that models
-        of all lengths predict the same bytes in the same steps and differ in what they see of the past.
-    batch_bytes: bytes predicted in a step.
-    cell_bytes: bytes predicted in a cell.
-    rates: learning rates to choose from, each mixer's by validation after trial_bytes, at the shortest length.
-    test_bytes, validation_bytes: how many bytes are predicted in evaluations, of the test and the validation files.
-    """
-
-    d_model: int
-    n_layers: int
-    lengths: tuple[int, ...]
-    batch_bytes: int
-    cell_bytes: int
-    rates: tuple[float, ...]
-    trial_bytes: int
-    test_bytes: int
-    validation_bytes: int
-    weight_decay: float = 0.1
-    warmup: float = 0.1
-    clip: float = 1.0
-    evaluations: int = 10
-    autocast: bool = False
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 1 or any(self.longest % length for length in self.lengths):
-            raise ValueError(f"lengths: expected divisors of the longest, >= 1, got {self.lengths}")
-        if self.batch_bytes < 1 or self.batch_bytes % self.longest:
-            raise ValueError(f"batch_bytes: expected a multiple of {self.longest}, got {self.batch_bytes}")
-        for name in ("cell_bytes", "trial_bytes"):
-            if getattr(self, name) < self.evaluations * self.batch_bytes:
-                least = self.evaluations * self.batch_bytes
-                raise ValueError(
-                    f"{name}: expected at least {least} ({self.evaluations} steps), got {getattr(self, name)}"
-                )
-        if not self.rates or not all(rate > 0 for rate in self.rates):
-            raise ValueError(f"rates: expected learning rates > 0, got {self.rates}")
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -104,7 +57,8 @@ def run(cell: Cell, settings: Settings, corpus: texts.Corpus, path: Path, **opti
         return result
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {**identity(cell, settings, corpus), **train(cell, settings, corpus, path, **options), **environment()}
-    write_whole(path, json.dumps(result).encode())
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(result))
     path.with_suffix(".ckpt").unlink(missing_ok=True)
     return result
 
@@ -176,9 +130,9 @@ def train(
             progress(f"{(step + 1) / steps:4.0%}  {seen:.3f} bits per byte on validation  {speed:,.0f} bytes/s")
         if now - saved > checkpoint_seconds:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "curve": curve}
-            write_checkpoint(
-                checkpoint, {**owner, **state, "seconds": seconds + now - began, "losses": losses.tolist()}
-            )
+            passed = {"seconds": seconds + now - began, "losses": losses.tolist()}
+            with replacing(checkpoint) as temporary:
+                torch.save({**owner, **state, **passed}, temporary)
             saved = now
     seconds += time.perf_counter() - began
     result = {"parameters": count_params(model), "seconds": seconds, "curve": curve}
@@ -191,6 +145,7 @@ def train(
         **result,
         "test": float(measured.mean()),
         "unigram": texts.unigram_bits(corpus, test),
+        "repeated": corpus.repeated,
         "by_position": measured.view(-1, cell.length).mean(0).tolist(),
     }
 
@@ -221,16 +176,11 @@ def load_checkpoint(
     return saved["step"], saved["seconds"], saved["curve"], saved["losses"]
 
 
-def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path` at the end: a file is there whole or not."""
     temporary = path.with_name(path.name + ".part")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, then renames it: a result is there or not."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(data)
+    yield temporary
     os.replace(temporary, path)
 
 

@@ -6,7 +6,7 @@ import runpy
 import shlex
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def trained(examples, tmp_path_factory):
 
 def small(**changes):
     """Settings of three steps an evaluation."""
-    from byte_language_model.training import Settings
+    from byte_language_model.settings import Settings
 
     settings = Settings(
         d_model=16,
@@ -70,6 +70,8 @@ def test_the_report_shows_every_mixer_and_says_what_ran(trained, tmp_path):
         assert table.count(f"\n| {label} |") == 3  # the losses, and those by position in each of two windows
     assert table.count("\n- Seen at window ") == 2 and "](table.png)" in table
     assert linrnn.__version__ in table and "fingerprint" in table and "d_model 32" in table
+    assert "`python examples/byte_lm.py train --preset test --seeds 1`" in table and "not whole" not in table
+    assert re.search(r"; \d+\.\d% of the long lines of test stand in train\n", table)
     assert (tmp_path / "sub" / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -161,16 +163,34 @@ def test_held_out_files_are_held_out():
     assert more.fingerprint != parts.fingerprint == corpus.split(dict(reversed(contents.items()))).fingerprint
 
 
-def test_one_file_is_cut_into_pieces_and_copies_are_left_out(tmp_path):
+def test_folders_of_tests_are_left_out_of_the_standard_library_alone(tmp_path):
     from byte_language_model import corpus
 
-    (tmp_path / "a.txt").write_bytes(text())
-    (tmp_path / "b.txt").write_bytes(text())
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "c.txt").write_bytes(b"x")
-    (tmp_path / ".d.txt").write_bytes(b"y")
-    contents = corpus.read([tmp_path])
-    assert contents == {"a.txt": text()}
+    for name in ("a.txt", "copy.txt", "tests/b.txt", "__pycache__/c.pyc", ".d/e.txt", ".f.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"a" if name == "copy.txt" else name[:1].encode())
+    assert corpus.read([tmp_path]) == {"a.txt": b"a", "tests/b.txt": b"t"}
+    assert corpus.read([tmp_path], without={"tests"}) == {"a.txt": b"a"}
+    assert not [name for name in corpus.standard_library() if "test" in name.split("/")[:-1]]
+
+
+def test_lines_of_test_that_stand_in_training_are_counted():
+    from byte_language_model import corpus
+
+    long, other = b"a line of more than 25 characters", b"another, which is not in training"
+    train, test = (
+        corpus.joined(documents)
+        for documents in ([b"x = 1\n" + long, other[:-1]], [b"\t" + long + b"\r\n" + other, b"x = 1", long])
+    )
+    parts = corpus.Corpus(train, test, test, {}, "")
+    assert parts.repeated == 2 * len(long) / (2 * len(long) + len(other))
+    assert corpus.Corpus(train, test, corpus.joined([b"short"]), {}, "").repeated == 0
+
+
+def test_one_file_is_cut_into_pieces():
+    from byte_language_model import corpus
+
+    contents = {"a.txt": text()}
     parts = corpus.split(contents)
     pieces = {part: parts.names[part] for part in corpus.PARTS}
     assert sum(map(len, pieces.values())) == 200 and all(pieces.values())
@@ -240,12 +260,59 @@ def test_reports_compare_whole_seeds_of_one_setting(tmp_path):
     assert [r["cell"]["seed"] for r in report.whole_seeds(cells[:-1])] == [0, 0, 0, 0]
     assert report.whole_seeds(cells[:1]) == cells[:1]
 
+    for cell in cells:
+        cell["settings"] = {"lengths": [8, 16]}
+    assert report.unfinished(cells, []) == []
+    half = "- **seed 1 is not whole:** 3 of 4 cells are done; it is left out here"
+    assert report.unfinished(cells[:-1], []) == [half]
+    trials = [result("gau", 8, 0)]  # of a mixer that has no cell yet
+    assert report.unfinished(cells[:1], trials) == ["- **seed 0 is not whole:** 1 of 4 cells are done"]
     with pytest.raises(FileNotFoundError, match="no results there"):
         report.read(tmp_path)
     for seed, d_model in ((0, 16), (1, 32)):
         (tmp_path / f"{seed}.json").write_text(json.dumps(result("lru", 8, seed, d_model)))
     with pytest.raises(ValueError, match="results of different settings cannot be compared"):
         report.read(tmp_path)
+
+
+def test_the_ranking_marks_what_the_spread_does_not_part():
+    from byte_language_model import report
+
+    losses = {"gau": (2.0, 2.1, 2.3), "lru": (2.1, 2.2, 2.4), "slru": (2.2, 2.2, 2.5), "attention": (3.0,)}
+    groups = {
+        (mixer, 8): [{"cell": {"seed": seed}, "test": value} for seed, value in enumerate(values)]
+        for mixer, values in losses.items()
+    }
+    shown = "GAU > LRU +0.100 ± 0.000 (3) > SLRU +0.067 ± 0.058 (3) ≈ attention +0.800 (1)"
+    assert report.distances(groups, list(losses), 8) == shown
+    groups["slru", 8][0]["test"] = 2.0
+    assert " ≈ SLRU +0.000 ± 0.100 (3)" in report.distances(groups, list(losses), 8)
+
+
+def test_rates_at_the_edge_of_what_was_tried_are_named():
+    from byte_language_model import report
+
+    bits = {"lru": (3.0, 2.0, 1.0), "gau": (3.0, 2.0, 2.5), "slru": (1.0, 2.0, 3.0)}
+    trials = [
+        {"cell": {"mixer": name, "rate": rate, "bytes": 1, "length": 8, "seed": 0}, "curve": [[1, 0.0, value]]}
+        for name, values in bits.items()
+        for rate, value in zip((0.1, 0.2, 0.3), values, strict=True)
+    ]
+    page = "\n".join(report.rates(trials, list(bits)))
+    assert re.findall(r"Best at the (\w+) rate .*: (.*)\.$", page, re.M) == [("largest", "LRU"), ("smallest", "SLRU")]
+
+
+@pytest.mark.parametrize("change", [{}, {"lengths": (64, 256)}, {"d_model": 96, "cell_bytes": 4_096_000}])
+def test_the_command_of_a_report_gives_its_settings(change):
+    import byte_lm
+    from byte_language_model import settings
+
+    wanted = replace(byte_lm.PRESETS["cpu"], **change)
+    held = json.loads(json.dumps(asdict(wanted)))
+    line = settings.options(held)
+    assert line.startswith("--preset cpu") and len(re.findall("--", line)) == 1 + len(change)
+    assert byte_lm.settings_of(byte_lm.parser().parse_args(["train", *line.split()])) == wanted
+    assert settings.options({**held, "clip": 7.0}) is None
 
 
 @pytest.mark.parametrize(
