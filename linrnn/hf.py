@@ -10,16 +10,16 @@ hf.generate(ids, max_new_tokens=20, num_beams=4)
 Needs `pip install 'linrnn[hf]'` (transformers 5.20 or newer).
 """
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from linrnn.decode import state as state_ops
-from linrnn.layers.base import State, StepFn, describe
+from linrnn._recurrent_cache import RecurrentCache
+from linrnn.layers.base import describe
 from linrnn.models import LanguageModel
 from linrnn.models.config import plain
 from linrnn.models.migrations import FORMAT
@@ -33,72 +33,7 @@ except ImportError as error:
     ) from error
 
 
-class RecurrentCache:
-    """The state behind the tokens seen so far, where transformers expects `past_key_values`.
-
-    A model replaces `state` and never writes into it, so `copy.copy(cache)` is a snapshot: a prompt read once serves
-    any number of continuations.
-
-    Args:
-        state: what `LanguageModel` returned; None is the state before the first token.
-        seen: number of tokens, padding included, that led to it.
-    """
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding: tuple[bool, ...] = ()
-
-    def __init__(self, state: State = None, seen: int = 0):
-        self.state, self.seen = state, seen
-        self.step: StepFn | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "RecurrentCache":
-        return copy.copy(self)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Counts the tokens read, the same for every layer."""
-        return self.seen
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Returns -1: no number of tokens is too many."""
-        return -1
-
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Returns whether tokens have been read."""
-        return self.state is not None
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.state is not None
-
-    @property
-    def batch_size(self) -> int:
-        """Number of sequences, 0 before the first token."""
-        return next((leaf.shape[0] for leaf in state_ops.leaves(self.state)), 0)
-
-    def reset(self) -> None:
-        """Goes back to before the first token."""
-        self.state, self.seen = None, 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Continues from these sequences of the batch: the beams that survive."""
-        self.state = state_ops.select(self.state, beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these sequences of the batch."""
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each sequence, the copies side by side."""
-        self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Raises NotImplementedError unless there is nothing to remove: a recurrent state cannot be run backwards."""
-        if tokens_to_remove:
-            raise NotImplementedError(
-                f"crop: a recurrent state cannot forget its last tokens, asked for {tokens_to_remove}; keep a copy of "
-                "the cache (copy.copy) from before them, and for assisted generation use linrnn.decode.speculative"
-            )
+__all__ = ["LinRNNConfig", "LinRNNForCausalLM", "RecurrentCache"]
 
 
 class LinRNNConfig(PreTrainedConfig):
@@ -108,6 +43,7 @@ class LinRNNConfig(PreTrainedConfig):
         arguments: keyword arguments of `LanguageModel`. From them follow vocab_size, hidden_size, num_hidden_layers and
             tie_word_embeddings, which are there to be read.
         format: format of the checkpoint, `linrnn.models.migrations.FORMAT`.
+        use_cache: whether the model returns its state where a call does not say.
     """
 
     model_type = "linrnn"
@@ -115,6 +51,7 @@ class LinRNNConfig(PreTrainedConfig):
 
     arguments: dict | None = None
     format: int = FORMAT
+    use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -147,6 +84,11 @@ class LinRNNConfig(PreTrainedConfig):
             self.tie_word_embeddings = self.arguments["tie_embeddings"]
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; the contents of a config.json without a format are of the first one."""
+        return super().from_dict({"format": 1, **config_dict}, **kwargs)
+
 
 class LinRNNForCausalLM(PreTrainedModel, GenerationMixin):
     """Maps input_ids (B, T) and attention_mask (B, T) to logits (B, T, V), with a loss where labels are given.
@@ -160,7 +102,6 @@ class LinRNNForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = False
     _is_stateful = True  # transformers then refuses what has to take tokens back: assisted generation
-    _no_split_modules: ClassVar = ["Block"]  # type: ignore[misc]
     _tied_weights_keys: ClassVar = {  # type: ignore[misc]
         "model.head.weight": "model.embed.weight"
     }
@@ -177,10 +118,14 @@ class LinRNNForCausalLM(PreTrainedModel, GenerationMixin):
         """Wraps a model, which it shares; `config` are further fields of the configuration, like eos_token_id.
 
         Raises:
-            TypeError: model is not a `LanguageModel`.
+            TypeError: model is not a `LanguageModel`; one of a derived class could not be loaded as what it is.
+            ValueError: a field that the model itself says.
         """
-        if not isinstance(model, LanguageModel):
+        if type(model) is not LanguageModel:
             raise TypeError(f"model: expected a LanguageModel, got {type(model).__name__}")
+        for name in ("arguments", "dtype"):
+            if name in config:
+                raise ValueError(f"config: expected fields that the model does not say, got {name}")
         with torch.device("meta"):
             wrapper = cls(LinRNNConfig(arguments=vars(model.config), dtype=model.embed.weight.dtype, **config))
         wrapper.model = model
@@ -188,13 +133,19 @@ class LinRNNForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but tensors that are missing or left over are an error and not a warning.
+        """As in transformers, but tensors that are missing or left over are an error, and pickles are not read.
 
         Raises:
-            ValueError: names of tensors that do not fit.
+            ValueError: names of tensors that do not fit; a damaged file; or a device_map of several devices.
         """
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        kwargs.setdefault("use_safetensors", True)
+        check_device_map(kwargs.get("device_map"))
+        try:
+            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"{args[0]}: damaged or not a safetensors file ({error})") from error
         model, info = loaded
+        check_device_map(getattr(model, "hf_device_map", None))
         problems = [f"{kind}: {name}" for kind in ("missing", "unexpected") for name in sorted(info[f"{kind}_keys"])]
         if problems:
             raise ValueError(
@@ -205,6 +156,18 @@ class LinRNNForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Gives `generate` its cache where it would have made one of keys and values, or none."""
+        kind = generation_config.cache_implementation
+        if kind is not None:
+            raise ValueError(f"cache_implementation: expected None, the cache is a RecurrentCache, got {kind!r}")
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = RecurrentCache()
+        else:
+            cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Does nothing: the layers have drawn their parameters when they were built."""
@@ -249,7 +212,7 @@ class LinRNNForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: (B, S), nonzero on real tokens; its last T columns are those of input_ids.
             past_key_values: the cache, which is brought up to the last token.
             labels: (B, T), -100 where none; the loss compares the label at t + 1 with the logits at t.
-            use_cache: whether to return a cache; None: unless in training.
+            use_cache: whether to return a cache; None: as the configuration says, and not in training.
             logits_to_keep: compute the last so many logits alone (0: all), or those at these positions.
             kwargs: for the loss.
 
@@ -259,7 +222,8 @@ class LinRNNForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if inputs_embeds is not None:
             raise ValueError("inputs_embeds: expected None, a LanguageModel reads token ids; pass input_ids")
-        if output_hidden_states or output_attentions:
+        given = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        if any(self.asked(name, value, False) for name, value in given.items()):
             raise ValueError("output_hidden_states, output_attentions: expected False, the model does not return them")
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
             raise TypeError(f"input_ids: expected a tensor of shape (batch, time), got {describe(input_ids)}")
@@ -267,28 +231,41 @@ class LinRNNForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None and not isinstance(cache, RecurrentCache):
             raise TypeError(f"past_key_values: expected a RecurrentCache or None, got {type(cache).__name__}")
         mask = token_mask(attention_mask, input_ids)
+        if cache is None and self.asked("use_cache", use_cache, True) and not (self.training and use_cache is None):
+            cache = RecurrentCache()
         state = None if cache is None else cache.state
-        stepping = cache is not None and state is not None and mask is None and input_ids.shape[1] == 1
+        stepping = state is not None and mask is None and input_ids.shape[1] == 1
         if cache is not None and stepping and self.may_freeze(input_ids):
-            cache.step = cache.step or self.model.frozen_step()
-            logits, state = cache.step(input_ids[:, 0], state)
-            logits = logits[:, None]
+            logits = cache.step(self.model, input_ids[:, 0])[:, None]
         else:
             h, state = self.model.features(input_ids, state, mask=mask)
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.model.read_out(h[:, keep])
+            if cache is not None:
+                cache.state = state
+        if cache is not None:
+            cache.seen += input_ids.shape[1]
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        if cache is not None or (not self.training if use_cache is None else use_cache):
-            cache = RecurrentCache() if cache is None else cache
-            cache.state, cache.seen = state, cache.seen + input_ids.shape[1]
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.model.vocab_size, **kwargs)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cast(Any, cache))
-        return output if return_dict is None or return_dict else output.to_tuple()
+        return output if self.asked("return_dict", return_dict, True) else output.to_tuple()
+
+    def asked(self, name: str, value: bool | None, default: bool) -> bool:
+        """Returns an option of a call, or else of the configuration."""
+        value = getattr(self.config, name, None) if value is None else value
+        return default if value is None else value
 
     def may_freeze(self, ids: Tensor) -> bool:
         """Returns whether a step that computes with the parameters as they are now is right."""
         return not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type))
+
+
+def check_device_map(device_map: Any) -> None:
+    """Raises ValueError for more than one device: steps do not go through the modules that would move tensors."""
+    devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
+    if len(devices) > 1 or "disk" in devices:
+        raise ValueError(f"device_map: expected one device for the whole model, got {', '.join(sorted(devices))}")
 
 
 def token_mask(attention_mask: Tensor | None, ids: Tensor) -> Tensor | None:

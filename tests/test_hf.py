@@ -1,6 +1,8 @@
 """linrnn.hf: what transformers does with a LanguageModel is what the model does."""
 
 import copy
+import json
+import pickle
 import re
 import runpy
 import sys
@@ -135,12 +137,89 @@ def test_steps_follow_the_parameters() -> None:
     hf.model.load_state_dict(make().model.state_dict())
     assert torch.equal(hf.generate(ids, max_new_tokens=8, do_sample=False), greedy(hf.model, ids, 8))
     # with gradients a step is that of the parameters as they are, and reaches them
-    assert cache.step is not None
+    assert cache.frozen is not None
     logits, _ = hf.model.step(torch.tensor([3]), cache.state)
     stepped = hf(torch.tensor([[3]]), past_key_values=cache).logits[:, 0]
     assert torch.equal(stepped, logits)
     stepped.sum().backward()
     assert all(p.grad is not None for name, p in hf.named_parameters() if "ffn" in name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["reset", "written", "assigned", "converted", "another model", "copy"])
+def test_one_cache_and_other_weights(change: str) -> None:
+    """Steps are those of the model that is called, with its weights of the moment."""
+    hf, ids = make("attention"), prompt(7)[0]
+    cache, token = RecurrentCache(), ids[:, :1]
+    hf(ids, past_key_values=cache)
+    hf(token, past_key_values=cache)
+    if change == "copy":  # which shares the step
+        frozen, cache = cache.frozen, copy.copy(cache)
+        hf(token, past_key_values=cache)
+        assert cache.frozen is frozen
+    other = make("attention")
+    if change == "assigned":
+        hf.model.load_state_dict(other.model.state_dict(), assign=True)
+    elif change == "converted":
+        hf.float()
+    elif change == "another model":
+        hf = other
+    else:
+        hf.model.load_state_dict(other.model.state_dict())
+    if change in ("reset", "converted"):
+        cache.reset()
+        assert cache.frozen is None
+        hf(ids, past_key_values=cache)
+    expected, _ = hf.model.step(token[:, 0], cache.state)
+    torch.testing.assert_close(hf(token, past_key_values=cache).logits[:, 0], expected, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_cache_is_pickled() -> None:
+    hf, ids = make("attention"), prompt(7, 7)[0]
+    cache = RecurrentCache()
+    hf(ids, past_key_values=cache)
+    hf(ids[:, :1], past_key_values=cache)
+    again = pickle.loads(pickle.dumps(cache))
+    assert again.get_seq_length() == 8
+    logits = [hf(ids[:, :1], past_key_values=past).logits for past in (cache, again)]
+    assert torch.equal(*logits)
+
+
+@torch.no_grad()
+def test_bad_steps() -> None:
+    hf, ids = make("attention"), prompt(7, 7)[0]
+    cache = RecurrentCache()
+    hf(ids, past_key_values=cache)
+    hf(ids[:, :1], past_key_values=cache)
+    for token in (V, -1):
+        with pytest.raises(ValueError, match=f"input_ids: expected ids from 0 to 22, got {token}"):
+            hf(torch.full((2, 1), token), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"state\[0\].*: expected shape \(1, any"):
+        hf(ids[:1, :1], past_key_values=cache)
+    short = RecurrentCache(cache.state[:1], 8)
+    with pytest.raises(TypeError, match="state: expected a tuple of 2 block states or None, got 1 of them"):
+        hf(ids[:, :1], past_key_values=short)
+
+
+def test_generate_makes_its_cache() -> None:
+    hf, ids = make("attention"), prompt(7, 7)[0]
+    options = {"max_new_tokens": 5, "do_sample": False}
+    expected = hf.generate(ids, **options)
+    assert torch.equal(hf.generate(ids, prefill_chunk_size=3, **options), expected)
+    result = hf.generate(ids, return_dict_in_generate=True, **options)
+    assert isinstance(result.past_key_values, RecurrentCache) and torch.equal(result.sequences, expected)
+    with pytest.raises(ValueError, match=r"cache_implementation: expected None, .*got 'static'"):
+        hf.generate(ids, cache_implementation="static", **options)
+
+
+def test_options_of_the_configuration() -> None:
+    ids = prompt(7)[0]
+    assert make(use_cache=False)(ids).past_key_values is None
+    assert make(use_cache=False)(ids, use_cache=True).past_key_values is not None
+    assert isinstance(make(return_dict=False)(ids), tuple)
+    with pytest.raises(ValueError, match="output_hidden_states, output_attentions: expected False"):
+        make(output_hidden_states=True)(ids)
 
 
 def test_loss_and_logits() -> None:
@@ -205,11 +284,23 @@ def test_every_layer() -> None:
     assert torch.equal(padded[1:, 4:], hf.generate(ids[1:, 4:], max_new_tokens=4, do_sample=False))
 
 
+class Louder(LanguageModel):
+    """Computes what no folder of transformers would say."""
+
+    def read_out(self, h: Tensor) -> Tensor:
+        return 3 * super().read_out(h)
+
+
 def test_from_linrnn_shares() -> None:
     model = LanguageModel(V, d_model=16, n_layers=1).train()
     hf = LinRNNForCausalLM.from_linrnn(model, eos_token_id=EOS)
     assert hf.model is model and hf.training and hf.generation_config.eos_token_id == EOS
     assert hf.dtype == torch.float32 and hf.device.type == "cpu" and hf.get_input_embeddings() is model.embed
+    with pytest.raises(TypeError, match="model: expected a LanguageModel, got Louder"):
+        LinRNNForCausalLM.from_linrnn(Louder(V, d_model=16, n_layers=1))
+    for name, value in (("dtype", torch.bfloat16), ("arguments", {})):
+        with pytest.raises(ValueError, match=f"config: expected fields that the model does not say, got {name}"):
+            LinRNNForCausalLM.from_linrnn(model, **{name: value})
     with pytest.raises(TypeError, match="model: expected a LanguageModel, got SequenceClassifier"):
         LinRNNForCausalLM.from_linrnn(SequenceClassifier(2, vocab_size=3, d_model=16, n_layers=1))
 
@@ -326,6 +417,27 @@ def test_bad_configurations(given: dict[str, Any], message: str) -> None:
 def test_a_configuration_without_arguments_makes_no_model() -> None:
     with pytest.raises(ValueError, match=r"config\.arguments: expected keyword arguments of LanguageModel, got None"):
         LinRNNForCausalLM(LinRNNConfig())
+
+
+def test_folders_that_are_refused(tmp_path: Path) -> None:
+    model = LanguageModel(V, d_model=16, n_layers=1)
+    model.save_pretrained(tmp_path)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    path, weights = tmp_path / "config.json", (tmp_path / "model.safetensors").read_bytes()
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in config.items() if name != "format"}))
+    with pytest.raises(ValueError, match=r"format: expected 2, got 1; load it with LanguageModel\.from_pretrained"):
+        load(tmp_path)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"device_map: expected one device for the whole model, got cpu, disk"):
+        load(tmp_path, device_map={"model.embed": "cpu", "model.backbone": "disk", "model.head": "cpu"})
+    (tmp_path / "model.safetensors").write_bytes(weights[:100])
+    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        load(tmp_path)
 
 
 def test_missing_tensors_are_an_error(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from linrnn.models.pretrained import Pretrained
 from linrnn.models.weights import unique_tensors
 
-# what the weights were when they were last read: (where they are and how often they were written to, digest)
+SAMPLES = 64  # numbers of each tensor by which writes are noticed that torch does not count
+# what the weights were when they were last read: (what is noticed of them without reading all, digest)
 _READ: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]] = WeakKeyDictionary()
 
 
@@ -23,12 +24,15 @@ def fingerprint(model: nn.Module, *, fresh: bool = False) -> str:
     """Returns "architecture:weights", two digests that say whose a state is.
 
     The same model saved and loaded again, or on another device, has the same; a fine-tuned one has other weights, and
-    so has one in another precision. The first call reads all weights, at a gigabyte or more a second; later ones do so
-    again if a weight was written to since.
+    so has one in another precision. A module around nothing but a model (`torch.compile`'s, or `linrnn.hf`'s) has that
+    of the model. The first call reads all weights, at a gigabyte or more a second; later ones do so again if a weight
+    was written to since.
 
     Args:
         model: a language model, or any other module.
-        fresh: read the weights in any case. Only what is written through `.data` is not noticed without.
+        fresh: read the weights in any case. Without, writes that torch does not count (through `.data`, or of a fused
+            optimizer) are noticed where they change one of at least 64 numbers that are looked at in every tensor: as
+            each step of training does, but not each edit of a single number.
 
     Raises:
         TypeError: model is no module.
@@ -36,12 +40,24 @@ def fingerprint(model: nn.Module, *, fresh: bool = False) -> str:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = unwrapped(model)
     tensors = unique_tensors(model)
     meta = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
     if meta is not None:
         raise ValueError(f"model: expected weights with numbers, got {meta} on the meta device")
     return f"{_architecture(model, tensors)}:{_weights(model, tensors, fresh)}"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the model inside modules that have nothing else."""
+    while not isinstance(model, Pretrained):
+        children = list(model.children())
+        own = [*model.parameters(recurse=False), *model.buffers(recurse=False)]
+        around = len(children) == 1 and not own and (hasattr(model, "_orig_mod") or isinstance(children[0], Pretrained))
+        if not around:
+            break
+        model = children[0]
+    return model
 
 
 def differences(ours: str, theirs: str) -> list[str]:
@@ -85,7 +101,8 @@ def _plain(value: Any) -> Any:
 
 def _weights(model: nn.Module, tensors: Mapping[str, Tensor], fresh: bool) -> str:
     tracked = not any(tensor.is_inference() for tensor in tensors.values())
-    now = tuple((name, t.data_ptr(), t._version, t.dtype, t.device) for name, t in tensors.items()) if tracked else ()
+    places = tuple((name, t.data_ptr(), t._version, t.dtype, t.device) for name, t in tensors.items() if tracked)
+    now = (places, _sample(tensors))
     before, digest = _READ.get(model, ((), ""))
     if fresh or not tracked or before != now:
         whole = hashlib.sha256()
@@ -95,6 +112,19 @@ def _weights(model: nn.Module, tensors: Mapping[str, Tensor], fresh: bool) -> st
         digest = whole.hexdigest()[:32]
         _READ[model] = now, digest
     return digest
+
+
+def _sample(tensors: Mapping[str, Tensor]) -> str:
+    """Returns a digest of some numbers of each tensor, which are fetched from a device at once."""
+    on: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors.values():
+        flat = tensor.detach().resolve_conj().reshape(-1)
+        some = flat[:: max(1, len(flat) // SAMPLES)].contiguous()
+        on.setdefault(tensor.device, []).append(some.view(torch.uint8))
+    digest = hashlib.sha256()
+    for samples in on.values():
+        update(digest, torch.cat(samples))
+    return digest.hexdigest()
 
 
 def update(digest: "hashlib._Hash", tensor: Tensor) -> None:

@@ -73,7 +73,7 @@ def test_other_weights() -> None:
     assert fingerprint(model) != after
     model.load_state_dict(make().state_dict())
     assert fingerprint(model) == before
-    model.head.weight.data[0, 0] += 1  # nothing says so
+    model.backbone.blocks[0].ffn.out.weight.data[0, 1] += 1  # nothing says so, and no number that is looked at
     assert fingerprint(model) == before and differences(fingerprint(model, fresh=True), before) == ["weights"]
     model.head.weight.data = model.head.weight.data.clone()
     assert differences(fingerprint(model), before) == ["weights"]
@@ -84,6 +84,40 @@ def test_other_weights() -> None:
         a, b = swapped.head.weight, swapped.embed.weight
         a[:], b[:] = b.clone(), a.clone()
     assert differences(fingerprint(swapped), fingerprint(make())) == ["weights"]
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_fused_optimizers(optimizer: Any) -> None:
+    """They write without torch's knowledge."""
+    model = make()
+    before, versions = fingerprint(model), [p._version for p in model.parameters()]
+    model(torch.randint(11, (2, 5)))[0].square().sum().backward()
+    optimizer(model.parameters(), lr=1e-3, fused=True).step()
+    assert [p._version for p in model.parameters()] == versions
+    assert differences(fingerprint(model), before) == ["weights"]
+
+
+def test_every_tensor_is_looked_at() -> None:
+    """Whatever its type, size, order in memory and number of dimensions."""
+    model = make()
+    for i, tensor in enumerate(
+        [torch.tensor(1), torch.ones(2, 3, dtype=torch.cfloat), torch.ones(0), torch.ones(9, 8)]
+    ):
+        model.register_buffer(f"more{i}", tensor.mT.conj() if tensor.ndim == 2 else tensor)
+    before = fingerprint(model)
+    for tensor in model.state_dict().values():
+        if tensor.numel():
+            tensor.data += 1
+            after = fingerprint(model)
+            assert differences(after, before) == ["weights"]
+            before = after
+
+
+def test_wrappers_have_the_fingerprint_of_what_they_wrap() -> None:
+    model = make()
+    wrapped = nn.Sequential(model)
+    assert fingerprint(wrapped) == fingerprint(nn.Sequential(wrapped[0])) == fingerprint(model)
+    assert fingerprint(nn.Sequential(model, nn.Linear(2, 2))) != fingerprint(model)
 
 
 def test_weights_made_in_inference_mode() -> None:
