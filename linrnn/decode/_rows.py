@@ -1,6 +1,6 @@
 """Sequences that are decoded: what they are, when they end, and which token comes next."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from linrnn.decode.sampling import BadLogits, Sampling, draw
-from linrnn.layers.base import State, describe
-from linrnn.models.tokens import check_vocabulary
+from linrnn.layers.base import State
 
 
 class Event(NamedTuple):
@@ -26,7 +25,8 @@ class Decoded(NamedTuple):
 
     tokens (T + n,) int64: the prompt and the n new ones, an end-of-sequence token among them. n_new: that n.
     state: of one row, behind all tokens but the last: `admit(tokens[-1:], state=state)` goes on from here. None if it
-    was not kept, or no token but the last has been read. reason: "eos", "stop", "length", or "retired" before its end.
+    was not kept, or where n_new is 0: a sequence that was still waiting, whose prompt has not been read. reason: "eos",
+    "stop", "length", or "retired" before its end.
     """
 
     tokens: Tensor
@@ -53,7 +53,7 @@ class Row:
     new: list[int] = field(default_factory=list)
 
     def tokens(self) -> Tensor:
-        return torch.cat((self.prompt, torch.tensor(self.new, dtype=torch.int64)))
+        return torch.cat((self.prompt, torch.tensor(self.new, dtype=torch.int64, device="cpu")))
 
     def ended(self) -> str | None:
         """Says why the newest token is the last one."""
@@ -100,34 +100,6 @@ def _generator(row: Row) -> torch.Generator:
     return row.generator
 
 
-def as_prompt(name: str, ids: Tensor | Sequence[int], vocab_size: int) -> Tensor:
-    """Returns a prompt as (T,) int64 on the CPU, T >= 1, all in the vocabulary."""
-    if not isinstance(ids, Tensor):
-        if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise TypeError(f"{name}: expected a tensor (time,) or a list of integers, got {describe(ids)}")
-        ids = torch.tensor(ids, dtype=torch.int64)
-    if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"{name}: expected integer token ids of shape (time,), got {describe(ids)}")
-    if not len(ids):
-        raise ValueError(f"{name}: expected at least one token, got none; begin with a BOS token")
-    ids = ids.detach().to("cpu", torch.int64)
-    check_vocabulary(name, ids, vocab_size)
-    return ids
-
-
-def as_eos(eos_id: int | Iterable[int] | None, vocab_size: int) -> frozenset[int]:
-    """Returns the tokens that end a sequence."""
-    given = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
-    for token in given:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-            raise ValueError(f"eos_id: expected ids from 0 to {vocab_size - 1}, got {token!r}")
-    return frozenset(given)
-
-
-def as_stop(stop: Iterable[Sequence[int]] | None, vocab_size: int) -> tuple[tuple[int, ...], ...]:
-    """Returns the sequences of tokens that end a sequence."""
-    given = () if stop is None else tuple(stop)
-    for tokens in given:
-        if not isinstance(tokens, (list, tuple, Tensor)):
-            raise TypeError(f"stop: expected sequences of token ids, got {describe(tokens)} among them")
-    return tuple(tuple(as_prompt("stop", tokens, vocab_size).tolist()) for tokens in given)
+def index(rows: Sequence[int]) -> Tensor:
+    """Returns numbers of rows as states take them, on the CPU whatever torch's default device is."""
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")

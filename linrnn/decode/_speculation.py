@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from linrnn.decode import state as states
-from linrnn.decode.sampling import Sampling, draw
+from linrnn.decode._rows import index
+from linrnn.decode.graph import GraphedSteps, fast_step
+from linrnn.decode.sampling import BadLogits, Sampling, draw
 from linrnn.layers.base import State
 from linrnn.models.language import LanguageModel
 
@@ -58,6 +60,10 @@ class Speculation:
         generators: one for each sequence.
         n_draft: guesses in a round.
         acceptance: where rounds are counted.
+        graphs: the draft's steps run as CUDA graphs, where they can.
+
+    `broken` has the rows of the last round whose next token behind those returned could not be drawn, since the large
+    model's logits are no numbers there: unless they have ended, they cannot go on.
     """
 
     def __init__(
@@ -73,16 +79,18 @@ class Speculation:
         generators: Sequence[torch.Generator],
         n_draft: int,
         acceptance: Acceptance,
+        graphs: bool = True,
     ):
-        self.model, self.draft, self.draft_step = model, draft, draft.frozen_step()
+        self.model, self.draft, self.draft_step = model, draft, fast_step(draft, graphs)
         self.target, self.guess, self.seen = target, guess, seen
         self.tails = [[token] for token in last.tolist()]
         self.sampling, self.generators = sampling, list(generators)
         self.n_draft, self.acceptance = n_draft, acceptance
+        self.broken: set[int] = set()
 
     @torch.inference_mode()
     def round(self) -> list[list[int]]:
-        """Returns the next tokens of each sequence: 1 to n_draft + 1."""
+        """Returns the next tokens of each sequence: 1 to n_draft + 1, or one less in `broken` rows."""
         guesses, distributions, snapshots = self._draw_guesses()
         logits, after = self._judge(guesses)
         accepted, last = self._accept(logits, guesses, distributions)
@@ -97,13 +105,13 @@ class Speculation:
         counts.drafted += B * k
         counts.judged += sum(min(n + 1, k) for n in accepted)
         counts.accepted += sum(accepted)
-        return new
+        return [tokens[:-1] if row in self.broken else tokens for row, tokens in enumerate(new)]
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """Goes on with these rows only."""
-        self.target = trimmed(states.select(self.target, rows), self.model)
-        self.guess = trimmed(states.select(self.guess, rows), self.draft)
+        self.target = trimmed(states.select(self.target, index(rows)), self.model)
+        self.guess = trimmed(states.select(self.guess, index(rows)), self.draft)
         self.tails = [self.tails[row] for row in rows]
         self.generators = [self.generators[row] for row in rows]
         if self.seen is not None:
@@ -114,13 +122,18 @@ class Speculation:
         token = self._column([tail[-1] for tail in self.tails])
         guesses, distributions, snapshots, seen = [], [], [self.guess], self.seen
         for _ in range(self.n_draft):
-            logits, state = self.draft_step(token, snapshots[-1])
+            logits, state = self._step_draft(token, snapshots[-1])
             snapshots.append(state)
             distributions.append(self.sampling.probabilities(logits, seen))
             token = draw(distributions[-1], self.generators)
             guesses.append(token)
             seen = with_token(seen, token)
         return guesses, distributions, snapshots
+
+    def _step_draft(self, token: Tensor, state: State) -> tuple[Tensor, State]:
+        """Returns the draft's logits (B, V) behind a token, and a state that the next step does not write to."""
+        logits, state = self.draft_step(token, state)
+        return logits, states.clone(state) if isinstance(self.draft_step, GraphedSteps) else state
 
     def _judge(self, guesses: list[Tensor]) -> tuple[Tensor, State]:
         """Returns the large model's logits (B, n_draft + 1, V) from the last token on, and its state behind it all."""
@@ -139,13 +152,14 @@ class Speculation:
         from max(0, p - q), normalised; behind the last one, from p (Leviathan et al. 2023, arXiv:2211.17192, 2.3).
         """
         # as many numbers in every round: what a row draws does not depend on what it accepts, or on the other rows
-        u = torch.stack([torch.rand(self.n_draft, generator=g, dtype=torch.float64) for g in self.generators])
-        u = u.to(logits.device)
+        own = (torch.rand(self.n_draft, generator=g, dtype=torch.float64, device="cpu") for g in self.generators)
+        u = torch.stack(list(own)).to(logits.device)
         running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         accepted = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
         rest, seen = torch.zeros_like(distributions[0]), self.seen
+        self.broken = set()
         for j, (guess, q) in enumerate(zip(guesses, distributions, strict=True)):
-            p = self.sampling.probabilities(logits[:, j], seen)
+            p, running = self._probabilities(logits[:, j], seen, running)
             p_x, q_x = (v.gather(1, guess[:, None])[:, 0].double() for v in (p, q))
             taken = running & (u[:, j] * q_x < p_x)
             left = (p - q).clamp(min=0)
@@ -153,8 +167,21 @@ class Speculation:
             rest = torch.where((running & ~taken)[:, None], left, rest)
             running, accepted = taken, accepted + taken
             seen = with_token(seen, guess)
-        p = self.sampling.probabilities(logits[:, -1], seen)
+        p, running = self._probabilities(logits[:, -1], seen, running)
         return accepted.tolist(), draw(torch.where(running[:, None], p, rest), self.generators)
+
+    def _probabilities(self, logits: Tensor, seen: Tensor | None, running: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns probabilities (B, V) of rows whose guesses were all accepted so far, and which rows these still are.
+
+        Nobody asks what the model says behind a refused guess, so there it may be no numbers.
+        """
+        while True:
+            try:
+                return self.sampling.probabilities(torch.where(running[:, None], logits, 0), seen), running
+            except BadLogits as bad:
+                self.broken.update(bad.rows)
+                running = running.clone()
+                running[bad.rows] = False
 
     def _advance(self, after: State, accepted: list[int], new: list[list[int]]) -> None:
         """Moves the large model's state behind the tokens it may: where all was accepted, or a tail has grown long."""
@@ -165,7 +192,7 @@ class Speculation:
         if len(through) == len(new):
             self.target = after
         elif through:
-            self.target = states.put(self.target, through, states.select(after, through))
+            self.target = states.put(self.target, index(through), states.select(after, index(through)))
         for row, tokens in enumerate(new):
             self.tails[row] = tokens[-1:] if row in through else self.tails[row] + tokens
         if max(map(len, self.tails)) > LONGEST_TAIL:
@@ -180,7 +207,7 @@ class Speculation:
     def _roll_back(self, snapshots: list[State], last: Tensor, accepted: list[int]) -> None:
         """Takes the draft's states up again behind the accepted tokens: they were kept."""
         if self.n_draft in accepted:  # the last guess was drawn, and not read
-            snapshots = [*snapshots, self.draft_step(last, snapshots[-1])[1]]
+            snapshots = [*snapshots, self._step_draft(last, snapshots[-1])[1]]
         used = sorted({n + 1 for n in accepted})
         if len(used) == 1:
             self.guess = snapshots[used[0]]
@@ -188,7 +215,7 @@ class Speculation:
         together = states.concatenate([snapshots[n] for n in used])
         B = len(accepted)
         rows = [used.index(n + 1) * B + row for row, n in enumerate(accepted)]
-        self.guess = trimmed(states.select(together, rows), self.draft)
+        self.guess = trimmed(states.select(together, index(rows)), self.draft)
 
     def _padded(self, tails: list[list[int]]) -> tuple[Tensor, Tensor | None]:
         """Returns tails as ids (B, T), padded on the left, and their mask, None if they are of one length."""

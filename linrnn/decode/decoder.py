@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from linrnn.decode import state as states
-from linrnn.decode._rows import Decoded, Event, Row, as_eos, as_prompt, as_stop, choose
-from linrnn.decode.graph import GraphedSteps, can_graph
-from linrnn.decode.prefill import evaluating, prefill_alone, prefill_together
+from linrnn.decode._in_use import Watch, evaluating
+from linrnn.decode._requests import as_eos, as_model, as_prompt, as_stop
+from linrnn.decode._rows import Decoded, Event, Row, choose, index
+from linrnn.decode.graph import GraphedSteps, fast_step
+from linrnn.decode.prefill import CHUNK, prefill_alone, prefill_together
 from linrnn.decode.prefix_cache import PrefixCache
-from linrnn.decode.sampling import Sampling, generator, global_seed
-from linrnn.layers.base import State, StepFn, describe, positive_int
+from linrnn.decode.sampling import Sampling, at_least, generator, global_seed
+from linrnn.layers.base import State, StepFn, describe
 from linrnn.models.language import LanguageModel
 
 
@@ -32,16 +34,18 @@ class Decoder:
     together are one padded batch. What a sequence says depends on its prompt, options and seed; its neighbours can
     change the rounding of its logits only by how many they are (and, where caches grow with the text, by how long).
 
-    The model runs in evaluation mode, without gradients, and is left in the mode it was in. What its parameters alone
-    decide is computed once, here: after a change of the parameters, or a move, make a new decoder.
+    The model runs in evaluation mode, without gradients, and is left in the mode it was in; several threads may have a
+    decoder of it each. What its parameters alone decide is computed once, here: after a change of the parameters, or a
+    move, `step` raises, and a new decoder has to be made.
 
     Args:
-        model: a LanguageModel.
+        model: a LanguageModel, compiled or not.
         capacity: the most sequences in the batch; further ones wait. None: any number.
         prefix_cache: of this model. Prompts go on from the longest prefix it knows, and it is given the states behind
             prompts (but their last tokens, and at its multiples of `every`) and behind texts that have ended.
         prefill_chunk: the most tokens of prompts read in one call, which bounds the memory that long ones take.
-        graphs: on an NVIDIA GPU the step runs as a CUDA graph (`GraphedSteps`), if the state has a fixed size.
+        graphs: on an NVIDIA GPU the step runs as a CUDA graph (`GraphedSteps`) once a batch size has lasted for some
+            tokens, if the state has a fixed size.
 
     Raises:
         TypeError: model is no LanguageModel.
@@ -54,14 +58,13 @@ class Decoder:
         *,
         capacity: int | None = None,
         prefix_cache: PrefixCache | None = None,
-        prefill_chunk: int = 4096,
+        prefill_chunk: int = CHUNK,
         graphs: bool = True,
     ):
-        if not isinstance(model, LanguageModel):
-            raise TypeError(f"model: expected a LanguageModel, got {type(model).__name__}")
-        self.model, self.prefix_cache = model, prefix_cache
-        self.capacity = None if capacity is None else positive_int("capacity", capacity)
-        self.prefill_chunk = positive_int("prefill_chunk", prefill_chunk)
+        self.model = model = as_model("model", model)
+        self.prefix_cache = prefix_cache
+        self.capacity = None if capacity is None else at_least(1, "capacity", capacity)
+        self.prefill_chunk = at_least(1, "prefill_chunk", prefill_chunk)
         if prefix_cache is not None:
             prefix_cache.bind(model)
         self._modules = tuple(model.modules())
@@ -69,7 +72,8 @@ class Decoder:
         # a cache wants states at tokens of its own; on a CPU, one prompt keeps it busy
         self._together = self._device.type != "cpu" and prefix_cache is None
         with torch.inference_mode(), evaluating(self._modules):
-            self._step: StepFn = GraphedSteps(model) if graphs and can_graph(model) else model.frozen_step()
+            self._step: StepFn = fast_step(model, graphs)
+        self._watch = Watch(model)
         self._rows: list[Row] = []  # in the batch; row i of the state is that of _rows[i]
         self._state: State = None
         self._queue: list[Row] = []
@@ -89,7 +93,8 @@ class Decoder:
     @property
     def state(self) -> State:
         """The state of the batch, a row for each of `active`, behind all their tokens but the last (for inference)."""
-        return self._state
+        # buffers of a graph are written to by the next step
+        return states.clone(self._state) if isinstance(self._step, GraphedSteps) else self._state
 
     def admit(
         self,
@@ -121,11 +126,11 @@ class Decoder:
         """
         vocab_size = self.model.vocab_size
         prompt = as_prompt("ids", ids, vocab_size)
-        limit = None if max_new_tokens is None else positive_int("max_new_tokens", max_new_tokens)
+        limit = None if max_new_tokens is None else at_least(1, "max_new_tokens", max_new_tokens)
         sampling = Sampling() if sampling is None else sampling
         if not isinstance(sampling, Sampling):
             raise TypeError(f"sampling: expected a Sampling or None, got {describe(sampling)}")
-        eos, sequences = as_eos(eos_id, vocab_size), as_stop(stop, vocab_size)
+        eos, sequences = frozenset(as_eos(eos_id, vocab_size)), as_stop(stop, vocab_size)
         if state is not None:
             if states.batch_size(state) != 1:
                 raise ValueError(f"state: expected one sequence, got {states.batch_size(state)}")
@@ -133,7 +138,7 @@ class Decoder:
                 self.model.features(prompt[None, :0].to(self._device), state)  # raises for a foreign one
         seen = None
         if sampling.penalises:
-            seen = torch.zeros(vocab_size, dtype=torch.bool)
+            seen = torch.zeros(vocab_size, dtype=torch.bool, device="cpu")
             seen[prompt] = True
             seen = seen.to(self._device)
         own = None
@@ -153,12 +158,18 @@ class Decoder:
 
         Raises:
             ValueError: logits that are NaN, inf or all -inf; the message has the sequence and the token.
+            RuntimeError: the model's parameters are not what they were when this decoder was made.
         """
         room = len(self._queue) if self.capacity is None else self.capacity - len(self._rows)
         entering = self._queue[:room]
         rows = self._rows + entering
         if not rows:
             return []
+        if self._watch.changed():
+            raise RuntimeError(
+                "model: its parameters were written to or moved since this decoder was made, which computed once what "
+                "depends on them; make a new one (`retire` gives what there is of each sequence)"
+            )
         with evaluating(self._modules):
             state = self._state
             if entering:
@@ -236,7 +247,7 @@ class Decoder:
         """Returns the state of some rows, without columns that growing caches had for others; None for none."""
         if not rows:
             return None
-        part = states.select(state, rows)
+        part = states.select(state, index(rows))
         return states.trim(part, self.model) if self.model.state_size is None else part
 
     def retire(self, sequence: int) -> Decoded:
@@ -256,7 +267,7 @@ class Decoder:
                 break
         for row in self._queue:
             if row.sequence == sequence:
-                self._ended[sequence] = row, row.state if row.keep_state else None, "retired"
+                self._ended[sequence] = row, None, "retired"
         self._queue = [row for row in self._queue if row.sequence != sequence]
         if sequence not in self._ended:
             raise ValueError(f"sequence: expected one that was admitted and not retired yet, got {sequence!r}")

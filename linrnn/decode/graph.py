@@ -2,17 +2,20 @@
 than they do. Replaying a graph launches all of them at once."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from linrnn.decode import state as states
-from linrnn.layers.base import State, StepFn, positive_int
+from linrnn.decode.sampling import at_least
+from linrnn.layers.base import State, StepFn
 from linrnn.models.language import LanguageModel
 from linrnn.ops import FallbackWarning
 
 WARM_UPS = 3  # what compiles, allocates or chooses a kernel does so in the first calls, which no graph may hold
+PATIENCE = 32  # steps at one size before it is captured: about as long as a capture takes, so it costs no text much
 
 
 class GraphedStep:
@@ -42,7 +45,7 @@ class GraphedStep:
     def __init__(self, model: LanguageModel, batch_size: int, *, step: StepFn | None = None):
         if model.state_size is None:
             raise ValueError("model: its state grows with every token; a graph needs one of fixed size (a window)")
-        self.batch_size = positive_int("batch_size", batch_size)
+        self.batch_size = at_least(1, "batch_size", batch_size)
         self._ids = torch.zeros(batch_size, dtype=torch.int64, device=model.embed.weight.device)
         self._step: StepFn = model.frozen_step() if step is None else step
         with torch.inference_mode():
@@ -78,38 +81,46 @@ class GraphedStep:
 
 
 class GraphedSteps:
-    """`GraphedStep` for batches of any size: one graph for each power of two that is needed.
+    """`GraphedStep` for batches of any size: one graph for each power of two that is needed for long.
 
-    Where a step cannot be captured it warns once, and runs as it is.
+    That is for more than PATIENCE steps; until then a step runs in the smallest graph there is that holds the batch, or
+    as it is. Where a step cannot be captured it warns once, and runs as it is.
     """
 
     def __init__(self, model: LanguageModel):
         self.model, self._step = model, model.frozen_step()
         self._graphs: dict[int, GraphedStep] = {}
+        self._needed: Counter[int] = Counter()
         self._last: GraphedStep | None = None
         self._capturing = True
 
     def __call__(self, ids_t: Tensor, state: State) -> tuple[Tensor, State]:
         """Maps ids_t (B,) and a state to logits (B, V) and the next state, both buffers that the next call writes."""
         size = 1 << (len(ids_t) - 1).bit_length()
-        if size not in self._graphs and self._capturing:
+        self._needed[size] += 1
+        if size not in self._graphs and self._capturing and self._needed[size] > PATIENCE:
             try:
                 self._graphs[size] = GraphedStep(self.model, size, step=self._step)
             except RuntimeError as error:
                 self._capturing = False
                 warnings.warn(
                     f"decoding: a step of this model cannot be captured in a CUDA graph ({error}); it runs kernel by "
-                    "kernel. Decoder(graphs=False) asks for that",
+                    "kernel. graphs=False asks for that",
                     FallbackWarning,
                     stacklevel=2,
                 )
-        self._last = self._graphs.get(size)
+        self._last = self._graphs.get(min((n for n in self._graphs if n >= size), default=0))
         return self._step(ids_t, state) if self._last is None else self._last(ids_t, state)
 
     def undo(self) -> None:
         """Makes the state what it was before the last call; without a graph it still is."""
         if self._last is not None:
             self._last.undo()
+
+
+def fast_step(model: LanguageModel, graphs: bool) -> StepFn:
+    """Returns the model's frozen step, as CUDA graphs if that can be and is wanted."""
+    return GraphedSteps(model) if graphs and can_graph(model) else model.frozen_step()
 
 
 def can_graph(model: LanguageModel) -> bool:
@@ -131,13 +142,15 @@ def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[
     """Runs `run` a few times, captures it, and returns what replays it and the tensor it writes its result to."""
     if device.type != "cuda":
         raise ValueError(f"model: CUDA graphs need a model on an NVIDIA GPU, this one is on {device.type}")
-    stream = torch.cuda.Stream(device)  # capture demands a stream of its own, also for the calls before
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+    with torch.cuda.device(device):  # the current one may be another
+        stream = torch.cuda.Stream(device)  # capture demands a stream of its own, also for the calls before
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # other threads may go on with calls that a capture of their own would not allow, such as to allocate memory
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            result = run()
     return graph.replay, result

@@ -1,7 +1,6 @@
 """Reading prompts: the state behind tokens that are known, in parallel over time, without a head."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,8 @@ from linrnn.decode import state as states
 from linrnn.decode.prefix_cache import PrefixCache
 from linrnn.layers.base import State
 from linrnn.models.language import LanguageModel
+
+CHUNK = 4096  # tokens of prompts in one call
 
 
 def prefill_alone(
@@ -22,6 +23,7 @@ def prefill_alone(
     ends, start = {len(ids)}, 0
     if cache is not None and len(ids):
         start, state = cache.get([*ids.tolist(), 0])  # finds proper prefixes, and the one before the last is ours
+        state = states.to(state, model.embed.weight.device)  # the model may have moved since
         ends |= set(range(cache.every, len(ids), cache.every)) if cache.every else set()
     device = model.embed.weight.device
     for end in sorted(end for end in ends if end > start):
@@ -51,16 +53,3 @@ def prefill_together(model: LanguageModel, prompts: Sequence[Tensor], start: Seq
     for part, real in zip(padded.split(size, 1), mask.split(size, 1), strict=True):
         _, state = model.features(part, state, mask=real)
     return state
-
-
-@contextmanager
-def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Sets modules to evaluation mode (no dropout), and those back that were training."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from linrnn.decode import state as states
 from linrnn.decode.fingerprint import differences
-from linrnn.layers.base import State, describe, positive_int
+from linrnn.decode.sampling import at_least
+from linrnn.layers.base import State, describe
 from linrnn.models.language import LanguageModel
 
 Key = tuple[int, bytes]  # how many tokens, and their hash
@@ -66,8 +67,8 @@ class PrefixCache:
     """
 
     def __init__(self, max_bytes: int, *, model: LanguageModel | None = None, every: int | None = None):
-        self.max_bytes = positive_int("max_bytes", max_bytes)
-        self.every = None if every is None else positive_int("every", every)
+        self.max_bytes = at_least(1, "max_bytes", max_bytes)
+        self.every = None if every is None else at_least(1, "every", every)
         self._lock = threading.RLock()
         self._entries: OrderedDict[Key, tuple[State, int]] = OrderedDict()  # least recently used first
         self._lengths: Counter[int] = Counter()
@@ -183,7 +184,7 @@ def keys(tokens: Sequence[int], lengths: Iterable[int]) -> Iterable[Key]:
 def token_list(ids: Tensor | Sequence[int]) -> list[int]:
     """Returns ids (T,) as a list, or raises TypeError or ValueError."""
     if not isinstance(ids, Tensor):
-        ids = torch.tensor(ids, dtype=None if len(ids) else torch.int64)
+        ids = torch.tensor(ids, dtype=None if len(ids) else torch.int64, device="cpu")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"ids: expected integer token ids, got {describe(ids)}")
     if ids.ndim != 1:

@@ -1,8 +1,10 @@
 """From logits to a token: penalty, temperature, filters, and a draw that depends on the row's own seed alone."""
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,11 +42,12 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        k = self.top_k
+        k = as_integer(self.top_k)
         if not finite(self.temperature) or self.temperature < 0:
             raise ValueError(f"temperature: expected a finite number >= 0 (0 is greedy), got {self.temperature!r}")
-        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
-            raise ValueError(f"top_k: expected an integer >= 1 or None, got {k!r}")
+        if self.top_k is not None and (k is None or k < 1):
+            raise ValueError(f"top_k: expected an integer >= 1 or None, got {self.top_k!r}")
+        object.__setattr__(self, "top_k", k)
         if self.top_p is not None and not (finite(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p: expected a number in (0, 1] or None, got {self.top_p!r}")
         if self.min_p is not None and not (finite(self.min_p) and 0 <= self.min_p <= 1):
@@ -77,8 +80,8 @@ class Sampling:
         scores, top = self.scores(logits, seen)
         if self.greedy:
             return torch.zeros_like(scores, dtype=torch.float32).scatter_(1, scores.argmax(1, keepdim=True), 1)
-        # the largest becomes 0 first, so that no temperature overflows
-        return self.filtered((scores - top).float() / self.temperature)
+        # the largest becomes 0 first, so that no temperature overflows; in float32 the smallest would be 0
+        return self.filtered(((scores - top).double() / self.temperature).float())
 
     def filtered(self, scores: Tensor) -> Tensor:
         """Maps logits (B, V) behind penalty and temperature to probabilities."""
@@ -133,7 +136,9 @@ def draw(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor
     """
     if len(generators) != len(probabilities):
         raise ValueError(f"generators: expected one for each of {len(probabilities)} rows, got {len(generators)}")
-    u = torch.tensor([torch.rand((), generator=g, dtype=torch.float64).item() for g in generators], dtype=torch.float64)
+    # torch's default device may be another one
+    uniform: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    u = torch.tensor([torch.rand((), generator=g, **uniform).item() for g in generators], **uniform)
     cumulated = probabilities.double().cumsum(1)
     total = cumulated[:, -1:].contiguous()
     token = torch.searchsorted(cumulated, u.to(total.device)[:, None] * total, right=True)
@@ -156,16 +161,35 @@ def row_seed(seed: int, row: int) -> int:
 
 def generator(seed: int) -> torch.Generator:
     """Returns a row's generator, on the CPU."""
-    return torch.Generator().manual_seed(check_seed("seed", seed))
+    return torch.Generator("cpu").manual_seed(check_seed("seed", seed))
 
 
 def check_seed(name: str, seed: int) -> int:
     """Returns an integer that torch takes as a seed, or raises ValueError."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+    number = as_integer(seed)
+    if number is None or not -(2**63) <= number < 2**64:
         raise ValueError(f"{name}: expected an integer from -2^63 to 2^64 - 1, got {seed!r}")
-    return seed
+    return number
 
 
 def global_seed() -> int:
     """Returns a seed from torch's own generator: `torch.manual_seed` fixes what is drawn without a seed."""
-    return int(torch.randint(2**62, ()))
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
+def as_integer(value: Any) -> int | None:
+    """Returns an integer of any library as an int, and None for what is none, such as a bool."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.ndim or value.dtype == torch.bool)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def at_least(low: int, name: str, value: int) -> int:
+    """Returns an integer that is no smaller than `low`, or raises ValueError naming the argument."""
+    number = as_integer(value)
+    if number is None or number < low:
+        raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+    return number

@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from linrnn.decode import state as states
-from linrnn.decode._rows import Row, as_eos, as_stop
+from linrnn.decode._in_use import evaluating
+from linrnn.decode._requests import as_model, as_request
+from linrnn.decode._rows import Row
 from linrnn.decode._speculation import Acceptance, Speculation
-from linrnn.decode.generation import as_pad, as_prompts, as_seeds, left_padded
-from linrnn.decode.prefill import evaluating, prefill_alone, prefill_together
-from linrnn.decode.sampling import BadLogits, Sampling, generator
-from linrnn.layers.base import State, describe, positive_int
+from linrnn.decode.prefill import CHUNK, prefill_alone, prefill_together
+from linrnn.decode.sampling import BadLogits, Sampling, at_least, generator
+from linrnn.layers.base import State, describe
 from linrnn.models.language import LanguageModel
 
 __all__ = ["Acceptance", "speculative"]
 
-PREFILL_CHUNK = 4096  # tokens of a prompt in one call, as in a Decoder
+EXPECTED = "expected finite numbers (or -inf for some), got NaN, inf or only -inf"
 
 
 def speculative(
@@ -38,6 +39,7 @@ def speculative(
     mask: Tensor | None = None,
     stream: bool = False,
     acceptance: Acceptance | None = None,
+    graphs: bool = True,
 ) -> Tensor | Iterator[Tensor]:
     """Continues prompts ids (B, T) as `generate` does, with fewer calls of the model: (B, T + n) int64.
 
@@ -55,6 +57,7 @@ def speculative(
         draft: a smaller LanguageModel, on the same device.
         n_draft: guesses in a round.
         acceptance: counts rounds, guesses and calls.
+        graphs: on an NVIDIA GPU the draft's steps run as CUDA graphs, as in a `Decoder`.
         ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, eos_id, pad_id, stop, seed, mask,
             stream: as for `generate`; the sampling is that of both models. A row draws other numbers here than there
             from one seed, always the same ones, whatever its neighbours.
@@ -63,45 +66,36 @@ def speculative(
         TypeError: an argument of another kind, such as a model that is no LanguageModel.
         ValueError: another vocabulary or device of the draft, n_draft < 1, or what `generate` raises it for.
     """
-    for name, value in (("model", model), ("draft", draft)):
-        if not isinstance(value, LanguageModel):
-            raise TypeError(f"{name}: expected a LanguageModel, got {type(value).__name__}")
+    model, draft = as_model("model", model), as_model("draft", draft)
     if draft.vocab_size != model.vocab_size:
         raise ValueError(f"draft: expected the model's vocabulary of {model.vocab_size} ids, got {draft.vocab_size}")
     device = model.embed.weight.device
     if draft.embed.weight.device != device:
         raise ValueError(f"draft: expected a model on {device} like the other, got one on {draft.embed.weight.device}")
-    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens: expected an integer >= 0, got {max_new_tokens!r}")
     if acceptance is not None and not isinstance(acceptance, Acceptance):
         raise TypeError(f"acceptance: expected an Acceptance or None, got {describe(acceptance)}")
-    positive_int("n_draft", n_draft)
+    n_draft = at_least(1, "n_draft", n_draft)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    if eos_id is not None and not isinstance(eos_id, int):
-        eos_id = tuple(eos_id)
-    eos, stops, pad = as_eos(eos_id, model.vocab_size), as_stop(stop, model.vocab_size), as_pad(pad_id, eos_id)
-    prompts = as_prompts(ids, mask, model.vocab_size)
-    given = ids if isinstance(ids, Tensor) else left_padded(prompts, pad, device)
-    if pad is None and stops and len(prompts) > 1:
-        raise ValueError("pad_id: expected an integer, since stop ends rows apart and there is no eos_id, got None")
+    request = as_request(model, ids, max_new_tokens, sampling, eos_id, pad_id, stop, seed, mask)
+    eos, pad = frozenset(request.eos), request.pad
     rows = [
-        Row(i, prompt, max_new_tokens, sampling, generator(own or 0), eos, stops, None, True, False, None)
-        for i, (prompt, own) in enumerate(zip(prompts, as_seeds(seed, len(prompts), sampling), strict=True))
+        Row(i, prompt, request.n, sampling, generator(own or 0), eos, request.stop, None, True, False, None)
+        for i, (prompt, own) in enumerate(zip(request.prompts, request.seeds, strict=True))
     ]
-    columns = decode(model, draft, rows, sampling, n_draft, Acceptance() if acceptance is None else acceptance)
-    new = (torch.tensor([pad if t is None else t for t in column], dtype=torch.int64) for column in columns)
+    counts = Acceptance() if acceptance is None else acceptance
+    new = ([pad if t is None else t for t in column] for column in decode(model, draft, rows, n_draft, counts, graphs))
     if stream:
-        return (column.to(given.device) for column in new)
-    return torch.cat((given.long(), *(column[:, None].to(given.device) for column in new)), 1)
+        return (torch.tensor(column, dtype=torch.int64, device=request.given.device) for column in new)
+    return request.with_columns(new)  # type: ignore[arg-type]
 
 
 def decode(
     model: LanguageModel,
     draft: LanguageModel,
     rows: Sequence[Row],
-    sampling: Sampling,
     n_draft: int,
     acceptance: Acceptance,
+    graphs: bool,
 ) -> Iterator[list[int | None]]:
     """Yields the new tokens of all rows, column after column; None for a row that has ended."""
     modules = (*model.modules(), *draft.modules())
@@ -110,16 +104,20 @@ def decode(
     while live:
         with evaluating(modules):
             if speculation is None:
-                speculation = begin(model, draft, live, sampling, n_draft, acceptance)
+                speculation = begin(model, draft, live, n_draft, acceptance, graphs)
             try:
                 new = speculation.round()
             except BadLogits as bad:
                 row = live[bad.rows[0]]
                 raise ValueError(
-                    "logits: expected finite numbers (or -inf for some), got NaN, inf or only -inf for row "
-                    f"{row.sequence}, at its new token {len(row.new)} or one of the {n_draft} behind it"
+                    f"logits of the draft: {EXPECTED} for row {row.sequence}, at its new token {len(row.new)} or one "
+                    f"of the {n_draft - 1} behind it"
                 ) from bad
         staying = [i for i, (row, tokens) in enumerate(zip(live, new, strict=True)) if not extend(row, tokens)]
+        for i in staying:
+            if i in speculation.broken:
+                row = live[i]
+                raise ValueError(f"logits: {EXPECTED} for row {row.sequence}, at its new token {len(row.new)}")
         if len(staying) < len(live):
             live = [live[i] for i in staying]
             if live:
@@ -135,12 +133,12 @@ def begin(
     model: LanguageModel,
     draft: LanguageModel,
     rows: Sequence[Row],
-    sampling: Sampling,
     n_draft: int,
     acceptance: Acceptance,
+    graphs: bool,
 ) -> Speculation:
     """Reads the prompts with both models, all but the last tokens."""
-    device = model.embed.weight.device
+    device, sampling = model.embed.weight.device, rows[0].sampling
     prompts = [row.prompt.to(device) for row in rows]
     seen = None
     if sampling.penalises:
@@ -158,6 +156,7 @@ def begin(
         generators=[row.generator for row in rows if row.generator is not None],
         n_draft=n_draft,
         acceptance=acceptance,
+        graphs=graphs,
     )
 
 
@@ -165,8 +164,8 @@ def prefilled(model: LanguageModel, prompts: Sequence[Tensor]) -> State:
     """Returns the state behind all tokens of prompts (T_i,) but the last; on a CPU each is read alone."""
     heads = [prompt[:-1] for prompt in prompts]
     if model.embed.weight.device.type != "cpu":
-        return prefill_together(model, heads, [None] * len(heads), PREFILL_CHUNK)
-    return states.concatenate([prefill_alone(model, ids, None, PREFILL_CHUNK) for ids in heads])
+        return prefill_together(model, heads, [None] * len(heads), CHUNK)
+    return states.concatenate([prefill_alone(model, ids, None, CHUNK) for ids in heads])
 
 
 def extend(row: Row, tokens: Sequence[int]) -> bool:

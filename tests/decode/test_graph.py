@@ -41,6 +41,16 @@ def test_steps_are_the_models(kind: dict[str, Any], uncaptured: None) -> None:
     follows_the_model(LanguageModel(V, d_model=16, **kind).double(), "cpu", 1e-9)
 
 
+def test_a_graph_is_captured_for_what_lasts(uncaptured: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "PATIENCE", 3)
+    model = LanguageModel(V, d_model=16, mixer="lru").double()
+    step, used = graph.GraphedSteps(model), []
+    for B in (5, 5, 5, 5, 4, 3, 4, 2, 1, 3, 12):
+        step(torch.zeros(B, dtype=torch.int64), model.init_state(B))
+        used.append(0 if step._last is None else step._last.batch_size)
+    assert used == [0, 0, 0, 8, 8, 8, 8, 8, 8, 4, 0] and list(step._graphs) == [8, 4]
+
+
 def follows_a_changing_batch(model: LanguageModel, device: str, tolerance: float) -> None:
     """Rows leave and come back, so that graphs of several sizes hand their states to each other."""
     model = model.eval().to(device)
@@ -109,6 +119,7 @@ def test_a_step_that_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graph, "capture", capture)
+    monkeypatch.setattr(graph, "PATIENCE", 0)
     model = LanguageModel(V, d_model=16, mixer="lru").double()
     step, ids = graph.GraphedSteps(model), torch.randint(V, (2, 3))
     with torch.inference_mode():
