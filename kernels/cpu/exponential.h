@@ -17,11 +17,10 @@ struct Exponential<float> {
 
   // 2^x: x = n + r with n whole and |r| <= 1/2; 2^r by its best polynomial of degree 6 (relative error 2e-9).
   static float growth(float x) {
-    constexpr float kRound = 0x1.8p23f;    // added, it pushes the fraction out of the mantissa
-    constexpr int32_t kWhole = 0x4b400000;  // its bits: n is what lies above them
-    x = x < -127.0f ? -127.0f : x;          // 2^-127 comes out as zero, and 2^128 below as infinity
+    constexpr float kRound = 0x1.8p23f;  // added, it pushes the fraction out of the mantissa, and n is what is left
+    x = x < -127.0f ? -127.0f : x;  // 2^-127 comes out as zero
+    x = x > 128.0f ? 128.0f : x;    // and 2^128 as infinity
     const float shifted = x + kRound, r = x - (shifted - kRound);
-    const int32_t bits = int32_t(bits_of_float(shifted)), bounded = bits < kWhole + 128 ? bits : kWhole + 128;
     float p = 0x1.41d332p-13f;
     p = p * r + 0x1.5f456ap-10f;
     p = p * r + 0x1.3b2dbcp-7f;
@@ -29,7 +28,7 @@ struct Exponential<float> {
     p = p * r + 0x1.ebfbdap-3f;
     p = p * r + 0x1.62e430p-1f;
     p = p * r + 1.0f;
-    return p * float_of_bits((uint32_t(bounded) + 127u) << 23);
+    return p * float_of_bits((bits_of_float(shifted) + 127u) << 23);
   }
 
   // exp(2 pi i x): x less the nearest whole turn; cosine and sine by their best polynomials (errors 1e-10, 1e-11).

@@ -73,21 +73,30 @@ class KernelScope {
 
 // A barrier for threads that all run: it spins, since the work between two of them is some ten microseconds.
 class SpinBarrier {
-  std::atomic<int> waiting_{0}, phase_{0};
-  const int patience_;
+  static constexpr int kShort = 256;
+  std::atomic<int> waiting_{0}, phase_{0}, patience_;
 
  public:
-  // `patience`: turns of spinning before the thread offers its core to others, who may keep it for milliseconds.
-  explicit SpinBarrier(int patience = 256) : patience_(patience) {}
+  // `patience`: turns of spinning before the thread offers its core to others, who may keep it for milliseconds. Once
+  // that was too few, there are more threads than cores to run them, and waits are short from then on.
+  explicit SpinBarrier(int patience = kShort) : patience_(patience) {}
   void wait(int count) {
+    wait(count, [] {});
+  }
+  // last() runs when all have arrived, before any of them goes on.
+  template <class Last>
+  void wait(int count, Last&& last) {
     const int phase = phase_.load(std::memory_order_relaxed);
     if (waiting_.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
       waiting_.store(0, std::memory_order_relaxed);
+      last();
       phase_.store(phase + 1, std::memory_order_release);
       return;
     }
+    const int patience = patience_.load(std::memory_order_relaxed);
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins > patience_) std::this_thread::yield();
+      if (spins == patience) patience_.store(kShort, std::memory_order_relaxed);
+      if (spins > patience) std::this_thread::yield();
 #if defined(__SSE2__)
       else _mm_pause();
 #endif

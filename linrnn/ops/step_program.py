@@ -28,7 +28,8 @@ class StepProgram:
     """Operations on B rows of float32, written one by one, then run together as often as wanted.
 
     Each operation waits until all threads have finished those before, unless `local`: then it must read nothing but
-    channels that the same thread has written, which holds where both have as many units of channels.
+    channels that the same thread has written, which holds where both have as many units of channels. A `linear` in
+    front of one that waits is for any thread that has time: what is read since the last wait must not be its `out`.
     """
 
     def __init__(self, d_in: int, d_out: int):

@@ -324,3 +324,35 @@ def test_no_more_threads_than_cpus(monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         call(torch.randn(1, 13), state_of(everything(13), 1))
     assert seen == [1, 2]
+
+
+@pytest.mark.parametrize("activation", ("sigmoid", "gelu", "silu"))
+def test_what_overflows_has_a_limit(activation):
+    """exp(x) becomes infinity, its inverse zero; NaN only where torch has it."""
+    x = torch.tensor([[-torch.inf, -3e38, -1e13, -100.0, 100.0, 1e13, 3e38, torch.inf, torch.nan]])
+    program = StepProgram(9, 9)
+    program.gate(program.x, activation=activation, out=program.y)
+    y, _ = program.function()(x, [])
+    torch.testing.assert_close(y, ACTIVATIONS[activation](x), equal_nan=True)
+
+
+@pytest.mark.parametrize("unit", (1, 2))
+def test_products_that_any_thread_may_do_are_done_once(unit, monkeypatch):
+    """Three threads on fewer cores help each other: every output is there and the same, step after step."""
+    program = StepProgram(40, 40)
+    x = program.x
+    for _ in range(6):
+        held = program.linear(x, torch.randn(600, 40) / 40**0.5, unit=unit)
+        beside = program.linear(x, torch.randn(600, 40) / 40**0.5, unit=unit, local=True)
+        x = program.linear(program.gate(held, beside), torch.randn(40, 600) / 600**0.5, add=program.x)
+    program.linear(x, torch.randn(40, 40), out=program.y)
+    x = torch.randn(3, 40)
+    wanted, _ = program.function()(x, [])
+    monkeypatch.setattr(step_program, "MIN_WEIGHTS", 0)
+    monkeypatch.setattr(step_program, "usable_cpus", lambda: 3)
+    call = program.function()
+    torch.set_num_threads(3)
+    try:
+        assert all(torch.equal(call(x, [])[0], wanted) for _ in range(50))
+    finally:
+        torch.set_num_threads(1)
