@@ -106,14 +106,13 @@ OPTIONS = (
 
 
 def options(settings: Mapping[str, Any]) -> str | None:
-    """The options of `train` that give the settings of a results file, by the nearest preset, or None."""
-    found = []
+    """The options of `train` that give the settings of a results file, or None if no preset is that near."""
     for name, preset in PRESETS.items():
         other = {key: value for key, value in settings.items() if listed(asdict(preset).get(key)) != listed(value)}
         if other.keys() <= set(OPTIONS):
             words = [f"--{key.replace('_', '-')} {' '.join(map(str, listed(value)))}" for key, value in other.items()]
-            found.append([f"--preset {name}", *words])
-    return " ".join(min(found, key=len)) if found else None
+            return " ".join([f"--preset {name}", *words])
+    return None
 
 
 def listed(value: Any) -> list[Any]:
