@@ -149,7 +149,7 @@ def test_steps_follow_the_parameters() -> None:
 @pytest.mark.parametrize("change", ["reset", "written", "assigned", "converted", "another model", "copy"])
 def test_one_cache_and_other_weights(change: str) -> None:
     """Steps are those of the model that is called, with its weights of the moment."""
-    hf, ids = make("attention"), prompt(7)[0]
+    hf, ids = make(), prompt(7)[0]
     cache, token = RecurrentCache(), ids[:, :1]
     hf(ids, past_key_values=cache)
     hf(token, past_key_values=cache)
@@ -157,7 +157,7 @@ def test_one_cache_and_other_weights(change: str) -> None:
         frozen, cache = cache.frozen, copy.copy(cache)
         hf(token, past_key_values=cache)
         assert cache.frozen is frozen
-    other = make("attention")
+    other = make()
     if change == "assigned":
         hf.model.load_state_dict(other.model.state_dict(), assign=True)
     elif change == "converted":
