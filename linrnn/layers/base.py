@@ -8,6 +8,8 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from linrnn.layers.frozen import compiled_step, stands_for_call
+
 # A NamedTuple of tensors, batch first; a backbone's state is a tuple of its layers' states.
 State: TypeAlias = Any
 # maps a token x_t (B, D) and a state to y_t (B, D) and the next state
@@ -69,7 +71,18 @@ class RecurrentLayer(nn.Module):
 
         What depends on parameters alone is computed now and arguments are not checked: make it again after the
         parameters, the device or the mode have changed. It takes no gradient and no state of another batch size.
+
+        Raises:
+            LooksAhead: (a ValueError and a RuntimeError) the layer is bidirectional.
         """
+        self.require_causal("frozen_step")
+        compiled = compiled_step(self, self.d_model, self.init_state)
+        if compiled is not None:
+            return compiled
+        return self.uncompiled_step() if stands_for_call(self, "uncompiled_step") else self.step
+
+    def uncompiled_step(self) -> StepFn:
+        """Returns the frozen step in operations of torch; a layer that can compute something in advance has its own."""
         return self.step
 
     def init_state(self, batch_size: int) -> State:

@@ -13,12 +13,11 @@ from linrnn.layers.base import (
     RecurrentLayer,
     State,
     StateSpec,
-    StepFn,
     accumulation_dtype,
     blank_padding,
     positive_int,
 )
-from linrnn.layers.frozen import compiled_step, linear
+from linrnn.layers.frozen import linear
 from linrnn.layers.token_shift import token_shift
 from linrnn.ops.step_program import Ref, StepProgram
 
@@ -75,9 +74,6 @@ class ChannelMix(RecurrentLayer):
         r = self.receptance(before + change * self.time_mix_receptance)
         y = r.sigmoid() * self.value(k.relu().square())
         return y, ChannelMixState(last.to(accumulation_dtype(x.dtype)))
-
-    def frozen_step(self) -> StepFn:
-        return compiled_step(self, self.d_model, self.init_state) or super().frozen_step()
 
     def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
         """Writes the step into a program; see `linrnn.layers.frozen`."""

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, StepFn, blank_padding, positive_int
-from linrnn.layers.frozen import compiled_step, linear, plain
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, blank_padding, positive_int
+from linrnn.layers.frozen import linear, plain
 from linrnn.layers.heads import count_heads, white_
 from linrnn.layers.rglru import RGLRU, RGLRUState
 from linrnn.layers.short_conv import ShortConv
@@ -90,12 +90,10 @@ class Griffin(RecurrentLayer):
         gate = F.gelu(self.linear_y(x), approximate="tanh")
         return self.linear_out(h * gate), GriffinState(conv, *recurrent)
 
-    def frozen_step(self) -> StepFn:
-        return compiled_step(self, self.d_model, self.init_state) or super().frozen_step()
-
     def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
         """Writes the step into a program; see `linrnn.layers.frozen`."""
-        plain(self.conv_1d, self.rg_lru)
+        plain(ShortConv, self.conv_1d)
+        plain(RGLRU, self.rg_lru)
         u = linear(program, x, self.linear_x)
         u = program.conv(u, self.conv_1d.weight, self.conv_1d.bias, local=True)
         gate = linear(program, x, self.linear_y, local=True)

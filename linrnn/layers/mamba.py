@@ -24,7 +24,7 @@ from linrnn.layers.base import (
     finite,
     positive_int,
 )
-from linrnn.layers.frozen import CannotEmit, compiled_step, linear, plain
+from linrnn.layers.frozen import linear, plain, stands_for_call, written_for
 from linrnn.layers.short_conv import ShortConv
 from linrnn.layers.time_step import check_time_steps, dt_bias_
 from linrnn.ops import selective_scan
@@ -146,7 +146,7 @@ class Mamba(RecurrentLayer):
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """Maps one token x_t (B, D) and a state to y_t (B, D) and the next state, in few operations of torch."""
-        if state is None or not isinstance(x_t, Tensor) or x_t.ndim != 2:
+        if state is None or not isinstance(x_t, Tensor) or x_t.ndim != 2 or not stands_for_call(self, "step"):
             return super().step(x_t, state)
         self.check_inputs(x_t[:, None], state, None, None)
         return self.advance(x_t, state, self.A())
@@ -162,18 +162,16 @@ class Mamba(RecurrentLayer):
         y = ((h * C).sum(-1)[:, None] + self.D * x) * F.silu(z.to(wide))
         return self.out_proj(y.to(x.dtype))[:, 0], MambaState(conv, h)
 
-    def frozen_step(self) -> StepFn:
-        compiled = compiled_step(self, self.d_model, self.init_state)
-        if compiled is not None:
-            return compiled
+    def uncompiled_step(self) -> StepFn:
+        """Returns the frozen step in operations of torch: A is computed once."""
         A = self.A().detach()
         return torch.no_grad()(lambda x_t, state: self.advance(x_t, state, A))
 
     def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
         """Writes the step into a program; see `linrnn.layers.frozen`."""
-        plain(self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj)
-        if any(type(m) is not nn.Linear for m in (self.in_proj, self.x_proj, self.dt_proj)):
-            raise CannotEmit
+        written_for(self, "emit_step", "select")
+        plain(nn.Linear, self.in_proj, self.x_proj, self.dt_proj)
+        plain(ShortConv, self.conv1d)
         weights = self.in_proj.weight.chunk(2)
         biases = (None, None) if self.in_proj.bias is None else self.in_proj.bias.chunk(2)
         u = program.linear(x, weights[0], biases[0])

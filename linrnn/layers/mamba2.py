@@ -19,13 +19,12 @@ from linrnn.layers.base import (
     RecurrentLayer,
     State,
     StateSpec,
-    StepFn,
     accumulation_dtype,
     blank_padding,
     finite,
     positive_int,
 )
-from linrnn.layers.frozen import CannotEmit, compiled_step, linear, plain
+from linrnn.layers.frozen import CannotEmit, linear, plain
 from linrnn.layers.heads import HeadNorm, count_heads, merge_heads, split_heads
 from linrnn.layers.short_conv import ShortConv
 from linrnn.layers.time_step import check_dt_limit, check_time_steps, dt_bias_
@@ -150,13 +149,12 @@ class Mamba2(RecurrentLayer):
         y = merge_heads(self.norm(split_heads(y, self.n_groups)))
         return self.out_proj(y), Mamba2State(conv, ssm)
 
-    def frozen_step(self) -> StepFn:
-        return compiled_step(self, self.d_model, self.init_state) or super().frozen_step()
-
     def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
         """Writes the step into a program; see `linrnn.layers.frozen`."""
-        plain(self.in_proj, self.conv, self.norm)
-        if type(self.in_proj) is not nn.Linear or self.norm.weight is None:
+        plain(nn.Linear, self.in_proj)
+        plain(ShortConv, self.conv)
+        plain(HeadNorm, self.norm)
+        if self.norm.weight is None:
             raise CannotEmit
         weights = self.in_proj.weight.split(self.sizes)
         biases = (None,) * 3 if self.in_proj.bias is None else self.in_proj.bias.split(self.sizes)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linrnn.layers.base import RecurrentLayer, State, StateSpec, StepFn, accumulation_dtype, blank_padding, finite
-from linrnn.layers.frozen import compiled_step
+from linrnn.layers.base import RecurrentLayer, State, StateSpec, accumulation_dtype, blank_padding, finite
+from linrnn.layers.frozen import written_for
 from linrnn.layers.heads import count_heads, merge_heads, split_heads
 from linrnn.ops import diagonal_scan
 from linrnn.ops.step_program import Ref, StepProgram
@@ -103,15 +103,13 @@ class RGLRU(RecurrentLayer):
         y, h = diagonal_scan(log_a.exp(), u.to(x.dtype), h, reset=reset, mask=mask)
         return y, RGLRUState(h, begun)
 
-    def frozen_step(self) -> StepFn:
-        return compiled_step(self, self.d_model, self.init_state) or super().frozen_step()
-
     def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
         """Writes the step into a program; see `linrnn.layers.frozen`."""
         program.gate(self.emit_recurrence(program, x), out=out, add=add, local=True)
 
     def emit_recurrence(self, program: StepProgram, x: Ref) -> Ref:
         """Writes the gates and the recurrence into a program; returns where h is, dealt out by channels."""
+        written_for(self, "emit_step", "gate")
         r, i = program.buffer(self.d_model), program.buffer(self.d_model)
         width = self.d_model // self.n_heads
         for head in range(self.n_heads):

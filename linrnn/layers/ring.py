@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linrnn.layers.base import RecurrentLayer, State, StepFn, accumulation_dtype, blank_padding, finite, positive_int
-from linrnn.layers.frozen import compiled_step
+from linrnn.layers.frozen import stands_for_call, written_for
 from linrnn.ops import diagonal_scan
 from linrnn.ops.step_program import Ref, StepProgram
 
@@ -88,14 +88,11 @@ class RingRNN(RecurrentLayer):
             y = y + self.D * x
         return y, final
 
-    def frozen_step(self) -> StepFn:
-        if not self.causal:
-            return super().frozen_step()
-        return compiled_step(self, self.d_model, self.init_state) or self.step_with_constants()
-
     @torch.no_grad()
-    def step_with_constants(self) -> StepFn:
+    def uncompiled_step(self) -> StepFn:
         """Returns the frozen step in operations of torch: λ and γ are computed once."""
+        if not stands_for_call(self, "uncompiled_step", "scan"):
+            return self.step
         λ = self.eigenvalues()
         γ = self.gamma_log.to(λ.real.dtype).exp()
 
@@ -109,6 +106,7 @@ class RingRNN(RecurrentLayer):
 
     def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
         """Writes the step into a program; see `linrnn.layers.frozen`."""
+        written_for(self, "emit_step", "scan")
         λ = self.eigenvalues()
         γ = self.gamma_log.to(λ.real.dtype).exp()
         u = program.linear(x, self.B.flatten(0, -2), unit=math.prod(self.pair))

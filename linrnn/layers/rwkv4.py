@@ -17,12 +17,11 @@ from linrnn.layers.base import (
     RecurrentLayer,
     State,
     StateSpec,
-    StepFn,
     accumulation_dtype,
     blank_padding,
     positive_int,
 )
-from linrnn.layers.frozen import compiled_step, linear
+from linrnn.layers.frozen import linear
 from linrnn.layers.token_shift import layer_ratios, token_shift
 from linrnn.layers.wkv_mix import minus_exp, no_past
 from linrnn.ops import WKVState, wkv
@@ -125,9 +124,6 @@ class RWKV4(RecurrentLayer):
         o, past = wkv(k, v, minus_exp(self.time_decay), self.time_first, past, reset=reset, mask=mask)
         last = last.to(past.p.dtype)
         return self.output(r.sigmoid() * o.to(r.dtype)), RWKV4State(last, *past)
-
-    def frozen_step(self) -> StepFn:
-        return compiled_step(self, self.d_model, self.init_state) or super().frozen_step()
 
     def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
         """Writes the step into a program; see `linrnn.layers.frozen`."""

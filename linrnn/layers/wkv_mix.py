@@ -9,13 +9,12 @@ from linrnn.layers.base import (
     RecurrentLayer,
     State,
     StateSpec,
-    StepFn,
     accumulation_dtype,
     blank_padding,
     finite,
     positive_int,
 )
-from linrnn.layers.frozen import CannotEmit, compiled_step, linear
+from linrnn.layers.frozen import CannotEmit, linear
 from linrnn.layers.ring import ring_init_
 from linrnn.ops import WKVState, wkv
 from linrnn.ops._running_max import nothing
@@ -85,9 +84,6 @@ class WKVMix(RecurrentLayer):
         o, state = wkv(k, v, self.log_decay(), self.gamma_log, state, reset=reset, mask=mask)
         o = o.real if o.is_complex() else o
         return self.output(self.receptance(x).sigmoid() * o.to(k.dtype)), state
-
-    def frozen_step(self) -> StepFn:
-        return compiled_step(self, self.d_model, self.init_state) or super().frozen_step()
 
     def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
         """Writes the step into a program; see `linrnn.layers.frozen`."""

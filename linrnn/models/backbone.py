@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from linrnn import layers
 from linrnn.layers.base import RecurrentLayer, State, StepFn, blank_padding, positive_int
-from linrnn.layers.frozen import CannotEmit, compiled_step, emit
+from linrnn.layers.frozen import CannotEmit, emit
 from linrnn.layers.frozen import norm as emit_norm
 from linrnn.models.block import Block, build_norm
 from linrnn.models.ffn import build_ffn
@@ -106,11 +106,8 @@ class SequenceBackbone(RecurrentLayer):
         self.require_causal("init_state")
         return tuple(cast(Block, block).init_state(batch_size) for block in self.blocks)
 
-    def frozen_step(self) -> StepFn:
-        self.require_causal("frozen_step")
-        whole = compiled_step(self, self.d_model, self.init_state)
-        if whole is not None:
-            return whole
+    def uncompiled_step(self) -> StepFn:
+        """Returns the frozen steps of the blocks, one after the other."""
         steps = [cast(Block, block).frozen_step() for block in self.blocks]
 
         def step(x: Tensor, state: State) -> tuple[Tensor, State]:

@@ -5,7 +5,7 @@ from typing import NamedTuple, cast
 from torch import Tensor, nn
 
 from linrnn.layers.base import RecurrentLayer, State, StepFn, finite
-from linrnn.layers.frozen import CannotEmit, compiled_step, emit
+from linrnn.layers.frozen import CannotEmit, compiled_step, emit, plain, stands_for_call, written_for
 from linrnn.layers.frozen import norm as emit_norm
 from linrnn.ops.step_program import Ref, StepProgram
 
@@ -53,11 +53,18 @@ class Block(nn.Module):
         y, ffn_after = self.ffn(self.ffn_input(x), ffn_before, reset=reset, mask=mask)
         return self.add_fed(x, y), BlockState(after, ffn_after)
 
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Maps one token x_t (B, D) and a state to y_t (B, D) and the next state: forward at length 1."""
+        y, state = self(x_t[:, None], state)
+        return y[:, 0], state
+
     def frozen_step(self) -> StepFn:
         """Returns the step of `RecurrentLayer.frozen_step` for the whole block."""
         whole = compiled_step(self, self.mixer.d_model, self.init_state)
         if whole is not None:
             return whole
+        if not stands_for_call(self, "frozen_step"):
+            return self.step
         mixer = self.mixer.frozen_step()
         if not isinstance(self.ffn, RecurrentLayer):
 
@@ -78,7 +85,9 @@ class Block(nn.Module):
 
     def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
         """Writes the step into a program; see `linrnn.layers.frozen`."""
-        if add is not None or (self.training and self.dropout.p):
+        written_for(self, "emit_step", "mixer_input", "finish", "add_mixed", "ffn_input", "add_fed")
+        plain(nn.Dropout, self.dropout)
+        if add is not None or (self.dropout.training and self.dropout.p):
             raise CannotEmit
         for part, part_norm in ((self.mixer, self.mixer_norm), (self.ffn, self.ffn_norm)):
             if part is None:

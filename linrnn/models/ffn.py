@@ -50,8 +50,8 @@ class GatedFFN(nn.Module):
     def emit_step(self, program: StepProgram, x: Ref, out: Ref, add: Ref | None) -> None:
         """Writes the network into a program; see `linrnn.layers.frozen`."""
         name = next((name for name, function in ACTIVATIONS.items() if function is self.activation), None)
-        plain(self.gate_in)
-        if name is None or type(self.gate_in) is not nn.Linear:
+        plain(nn.Linear, self.gate_in)
+        if name is None:
             raise CannotEmit
         weights = self.gate_in.weight.chunk(2)
         biases = (None, None) if self.gate_in.bias is None else self.gate_in.bias.chunk(2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from linrnn.layers.base import State, StepFn, describe, finite, positive_int
-from linrnn.layers.frozen import compiled_step, emit, linear
+from linrnn.layers.frozen import compiled_step, emit, linear, stands_for_call
 from linrnn.models.backbone import SequenceBackbone
 from linrnn.models.block import build_norm
 from linrnn.models.pretrained import Pretrained
@@ -154,6 +154,8 @@ class LanguageModel(Pretrained):
 
     def frozen_step(self) -> StepFn:
         """Returns a function that does what `step` does, for inference at speed; see `RecurrentLayer.frozen_step`."""
+        if not stands_for_call(self, "emit_step", "features", "embed_tokens", "read_out"):
+            return self.step
         whole = compiled_step(self, self.backbone.d_model, self.init_state, self.vocab_size)
         if whole is not None:
 

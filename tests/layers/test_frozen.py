@@ -134,22 +134,92 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+def doubled(module, args, output):
+    """A hook, for modules that return a tensor or a tensor and a state."""
+    return (2 * output[0], output[1]) if isinstance(output, tuple) else 2 * output
+
+
 def replaced(model):
     ffn = model.backbone.blocks[1].ffn
-    adapter = Doubled(ffn.out.in_features, ffn.out.out_features, bias=False)
-    ffn.out = adapter
+    ffn.out = Doubled(ffn.out.in_features, ffn.out.out_features, bias=False)
 
 
-def hooked(model):
-    model.backbone.blocks[0].mixer.in_proj.register_forward_hook(lambda module, args, y: 2 * y)
+def hook(path):
+    return lambda model: model.get_submodule(path).register_forward_hook(doubled)
 
 
-@pytest.mark.parametrize("change", (replaced, hooked))
-def test_what_stands_in_for_a_linear_layer_is_called(change):
-    """Adapters and hooks: the step runs them rather than the weights below."""
-    model = LanguageModel(31, d_model=16, n_layers=2, mixer="mamba").eval()
-    change(model)
-    agree(model, torch.randint(0, 31, (4, 2)), 1e-5)
+def patch(path, name="forward"):
+    """Puts another method on one object, as accelerate does."""
+
+    def change(model):
+        module = model.get_submodule(path)
+        own = getattr(module, name)
+        setattr(module, name, lambda *args, **kwargs: doubled(module, args, own(*args, **kwargs)))
+
+    return change
+
+
+def override(path, name="forward"):
+    """Makes it an object of a subclass with another method."""
+
+    def change(model):
+        module = model.get_submodule(path)
+        cls = type(module)
+        method = lambda self, *args, **kwargs: doubled(self, args, getattr(cls, name)(self, *args, **kwargs))  # noqa: E731
+        module.__class__ = type("Sub", (cls,), {name: method})
+
+    return change
+
+
+CHANGES = {
+    "an adapter": replaced,
+    **{f"hook {path}": hook(path) for path in ("", "backbone", "backbone.blocks.0", "backbone.norm", "head", "embed")},
+    **{
+        f"hook in a block: {path}": hook(f"backbone.blocks.0.{path}") for path in ("mixer", "dropout", "ffn", "ffn.out")
+    },
+    **{f"hook in Mamba: {path}": hook(f"backbone.blocks.0.mixer.{path}") for path in ("in_proj", "conv1d")},
+    **{
+        f"patch {path}": patch(path)
+        for path in ("", "backbone", "backbone.blocks.0.mixer", "backbone.blocks.1.ffn.out")
+    },
+    **{f"override {path}": override(path) for path in ("", "backbone", "backbone.blocks.0", "backbone.blocks.1.mixer")},
+    "override read_out": override("", "read_out"),
+    "override finish": override("backbone.blocks.0", "finish"),
+    "override capped": override("", "capped"),
+    "override scan": override("backbone.blocks.1.mixer", "scan"),
+    "override conv1d": override("backbone.blocks.0.mixer.conv1d"),
+}
+
+
+@pytest.mark.parametrize("backend", ("auto", "torch"))
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_stands_in_for_a_part_is_called(change, backend, monkeypatch):
+    """Adapters, hooks, overridden and patched methods: the step runs them rather than what was there before."""
+    if backend == "torch":
+        monkeypatch.setattr(step_program, "choose", lambda *_: "torch")
+    model = LanguageModel(31, d_model=16, n_layers=2, mixer=["mamba", "lru"]).eval()
+    ids = torch.randint(0, 31, (4, 2))
+    before = model(ids)[0]
+    CHANGES[change](model)
+    assert not torch.allclose(model(ids)[0], before)
+    agree(model, ids, 1e-5)
+
+
+@pytest.mark.parametrize("change", (hook(""), patch(""), override(""), hook("x_proj")))
+def test_a_step_of_mamba_is_its_forward(change):
+    layer, x = layers.build("mamba", 16), torch.randn(2, 16)
+    change(layer)
+    wanted = layer(x[:, None])[0]
+    torch.testing.assert_close(layer.step(x, layer.init_state(2))[0], wanted[:, 0])
+
+
+def test_hooks_on_all_modules_are_called():
+    model = LanguageModel(31, d_model=16, n_layers=1, mixer="lru").eval()
+    handle = nn.modules.module.register_module_forward_hook(doubled)
+    try:
+        agree(model, torch.randint(0, 31, (4, 2)), 1e-5)
+    finally:
+        handle.remove()
 
 
 def test_without_the_compiled_kernels(monkeypatch):
