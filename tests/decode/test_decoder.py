@@ -291,9 +291,11 @@ def test_prompts_read_together(options: dict[str, Any]) -> None:
 
 def test_long_prompts_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, read = some_model(), []
-    features = model.features
+    features = LanguageModel.features
     monkeypatch.setattr(
-        model, "features", lambda ids, *a, **k: (read.append(tuple(ids.shape)), features(ids, *a, **k))[1]
+        LanguageModel,
+        "features",
+        lambda self, ids, *a, **k: (read.append(tuple(ids.shape)), features(self, ids, *a, **k))[1],
     )
     for together, expected in ((False, [(1, 8), (1, 8), (1, 3), (1, 8)]), (True, [(2, 4)] * 4 + [(2, 3)])):
         decoder = Decoder(model, prefill_chunk=8)
@@ -308,8 +310,12 @@ def test_long_prompts_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("mixer", ["lru", "attention"])
 def test_known_prefixes_are_not_read_again(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = some_model(mixer=mixer)
-    cache, read, features = PrefixCache(1 << 20, every=4), [], model.features
-    monkeypatch.setattr(model, "features", lambda ids, *a, **k: (read.append(ids.shape[1]), features(ids, *a, **k))[1])
+    cache, read, features = PrefixCache(1 << 20, every=4), [], LanguageModel.features
+    monkeypatch.setattr(
+        LanguageModel,
+        "features",
+        lambda self, ids, *a, **k: (read.append(ids.shape[1]), features(self, ids, *a, **k))[1],
+    )
     decoder = Decoder(model, prefix_cache=cache)
 
     def decode(ids: list[int], **how: Any) -> tuple[list[int], list[int]]:
