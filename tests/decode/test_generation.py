@@ -134,15 +134,15 @@ def test_streams(options: dict[str, Any]) -> None:
 def test_a_stream_is_lazy_and_frees_what_it_held(monkeypatch: pytest.MonkeyPatch) -> None:
     model = some_model()
     held: list[weakref.ref] = []
-    read, features = [], model.features
+    read, features = [], LanguageModel.features
 
-    def watched(ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def watched(self: LanguageModel, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         read.append(ids)
-        h, state = features(ids, *args, **kwargs)
+        h, state = features(self, ids, *args, **kwargs)
         held.extend(weakref.ref(leaf) for leaf in states.leaves(state))
         return h, state
 
-    monkeypatch.setattr(model, "features", watched)
+    monkeypatch.setattr(LanguageModel, "features", watched)
     gc.disable()  # counting references has to be enough
     try:
         stream = generate(model, torch.randint(V, (1, 4)), 10**9, stream=True)
