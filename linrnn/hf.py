@@ -93,8 +93,9 @@ class LinRNNConfig(PreTrainedConfig):
 class LinRNNForCausalLM(PreTrainedModel, GenerationMixin):
     """Maps input_ids (B, T) and attention_mask (B, T) to logits (B, T, V), with a loss where labels are given.
 
-    Padding, left or right, leaves the state unchanged. `past_key_values` is a `RecurrentCache`. The wrapped
-    `LanguageModel` is `model`. Hidden states, attention weights and gradient checkpointing are not to be had.
+    Padding, left or right, leaves the state unchanged; `generate` goes on from the last column, so prompts are padded
+    left. `past_key_values` is a `RecurrentCache`. The wrapped `LanguageModel` is `model`. Hidden states, attention
+    weights and gradient checkpointing are not to be had.
     """
 
     config_class = LinRNNConfig

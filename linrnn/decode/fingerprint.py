@@ -72,12 +72,21 @@ def _architecture(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
         # arguments that a later version brings change nothing as long as they have their defaults
         defaults = {name: p.default for name, p in inspect.signature(type(model)).parameters.items()}
         arguments = config if isinstance(config, Mapping) else vars(config)
+        arguments = one_mixer(arguments)
         given = {name: value for name, value in arguments.items() if name not in defaults or value != defaults[name]}
     else:
         given = {name: [type(module).__name__, _settings(module)] for name, module in model.named_modules()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     text = json.dumps([type(model).__name__, given, shapes], sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def one_mixer(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns arguments with one mixer where they have a list of one, which is the same model."""
+    mixer, kwargs = arguments.get("mixer"), arguments.get("mixer_kwargs")
+    if not isinstance(mixer, (list, tuple)) or len(set(mixer)) != 1:
+        return arguments
+    return {**arguments, "mixer": mixer[0], "mixer_kwargs": kwargs[mixer[0]] if kwargs else None}
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

@@ -77,7 +77,8 @@ def concatenate(states: Sequence[State]) -> State:
     """Puts the sequences of several states into one state, in order: batches become one batch.
 
     Caches that grow are brought to one length by columns of zeros in front, which no layer sees (`trim` removes them).
-    The tensors are new ones.
+    The tensors are new ones. A state does not say of which model it is: caches of attention windows of 3 and 5 are put
+    together as any of two lengths; `model.check_state` says whether the result is a state of that model.
 
     Args:
         states: at least one, of one model; on one device and in one precision.
@@ -113,7 +114,8 @@ def put(pool: State, rows: Tensor | Sequence[int] | Sequence[bool], part: State,
 
     Raises:
         TypeError: `rows` are neither integers nor bools, or the two states differ in structure.
-        ValueError: another number of rows than of sequences, a row twice, or tensors that do not fit, named.
+        ValueError: another number of rows than of sequences, a row twice, tensors that do not fit, named, or a pool
+            made in inference mode that is to be written to outside.
         IndexError: a row outside the pool.
     """
     n, n_part = batch_size(pool), batch_size(part)
@@ -136,9 +138,13 @@ def put(pool: State, rows: Tensor | Sequence[int] | Sequence[bool], part: State,
         writes.append((tensors[0], new))
         return tensors[0]
 
+    if in_place and not torch.is_inference_mode_enabled() and any(leaf.is_inference() for leaf in leaves(pool)):
+        raise ValueError("in_place: a pool made in torch.inference_mode is written to there only; clone it")
     result = zip_leaves(join, (pool, part), ("pool", "part"))
     for whole, new in writes:  # nothing is written unless everything fits
-        whole.index_copy_(0, index.to(whole.device), new)
+        # detached, since torch refuses to write to one of several views that a function returned
+        target = whole if whole.requires_grad else whole.detach()
+        target.index_copy_(0, index.to(whole.device), new)
     return result
 
 

@@ -32,7 +32,7 @@ def register(state_type: type, growing: Growing | None = None) -> None:
     """Makes the state of a layer of your own known, so that it can be saved, loaded and put together.
 
     Args:
-        state_type: a NamedTuple. Its name is what a file calls it.
+        state_type: a NamedTuple. Its name is what a file calls it. The same class, defined anew, replaces the old one.
         growing: for a state that grows with every token, the fields that do, and the one that counts.
 
     Raises:
@@ -42,7 +42,10 @@ def register(state_type: type, growing: Growing | None = None) -> None:
     fields = getattr(state_type, "_fields", None)
     if not isinstance(state_type, type) or fields is None:
         raise TypeError(f"state_type: expected a NamedTuple class, got {describe(state_type)}")
-    if known().get(state_type.__name__, state_type) is not state_type:
+    before = known().get(state_type.__name__, state_type)
+    # a cell of a notebook that is run again defines the class again
+    again = (before.__module__, before.__qualname__) == (state_type.__module__, state_type.__qualname__)
+    if before is not state_type and not (again and state_type.__name__ in _REGISTERED):
         raise ValueError(f"state_type: expected a name that is not taken, got {state_type.__name__}")
     stray = sorted({*growing.columns, growing.length} - set(fields)) if growing else []
     if stray:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from linrnn.layers.base import positive_int
-from linrnn.models.config import config_type, plain
+from linrnn.models.config import check_flags, config_type, json_value, plain
 from linrnn.models.files import CONFIG, INDEX, WEIGHTS, write_checkpoint
 from linrnn.models.migrations import FORMAT, migrate
 from linrnn.models.weights import fill, misfits, shorten, skeleton, unique_tensors
@@ -39,13 +39,18 @@ class Pretrained(nn.Module):
         """Picks the constructor's arguments from its local variables, as a `Config`.
 
         Returns None in the constructor of a base class, which does not know those of the subclass.
+
+        Raises:
+            ValueError: an argument that is declared as a bool is none.
         """
         names = self.Config.__dataclass_fields__
         # what `super()` needs is among the local variables of a method that calls it
         own = values.get("__class__", type(self)).__init__ is type(self).__init__
         if not own or not names.keys() <= values.keys():
             return None
-        return self.Config(**{name: plain(values[name]) for name in names})
+        config = self.Config(**{name: plain(values[name]) for name in names})
+        check_flags(config)
+        return config
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
@@ -127,7 +132,7 @@ class Pretrained(nn.Module):
         arguments = vars(self.config)
         config = {"model_type": "linrnn", "class": name, "format": FORMAT, "version": __version__}
         try:
-            return json.dumps({**config, "arguments": arguments}, indent=2)
+            return json.dumps({**config, "arguments": json_value(arguments)}, indent=2)
         except TypeError as error:
             raise TypeError(f"config: expected arguments that JSON can hold, got {arguments}: {error}") from error
 

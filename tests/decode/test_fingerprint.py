@@ -32,6 +32,13 @@ def test_the_same_model(tmp_path: Path) -> None:
     assert fingerprint(torch.compile(model, backend="eager")) == expected  # type: ignore[arg-type]
 
 
+def test_one_mixer_by_name_or_in_a_list() -> None:
+    options = {"d_state": 8}
+    assert fingerprint(make(mixer="lru")) == fingerprint(make(mixer=["lru"])) == fingerprint(make(mixer=["lru"] * 2))
+    one, listed = make(mixer="lru", mixer_kwargs=options), make(mixer=["lru"], mixer_kwargs={"lru": options})
+    assert fingerprint(one) == fingerprint(listed) != fingerprint(make(mixer="lru"))
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [

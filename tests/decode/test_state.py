@@ -98,6 +98,21 @@ def test_batch_size() -> None:
         states.batch_size((None, ()))
 
 
+def test_put_in_place_into_views() -> None:
+    pool = tuple(torch.zeros(3, 4).split(2, 1))
+    states.put(pool, [1], (torch.ones(1, 2), torch.ones(1, 2)), in_place=True)
+    assert [part.sum(1).tolist() for part in pool] == [[0, 2, 0]] * 2
+
+
+def test_put_in_place_into_what_inference_mode_made() -> None:
+    with torch.inference_mode():
+        pool = {"a": torch.zeros(3, 2)}
+        states.put(pool, [1], {"a": torch.ones(1, 2)}, in_place=True)
+    with pytest.raises(ValueError, match=r"in_place: a pool made in torch\.inference_mode is written to there only"):
+        states.put(pool, [0], {"a": torch.ones(1, 2)}, in_place=True)
+    assert pool["a"].sum(1).tolist() == [0, 2, 0]
+
+
 @torch.no_grad()
 def test_put_in_place_writes_to_the_pool_alone() -> None:
     backbone, part = some_state()

@@ -172,6 +172,15 @@ def test_what_cannot_be_saved_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_type_that_is_defined_again(own: None, tmp_path: Path) -> None:
+    """As a cell of a notebook that is run twice does."""
+    again: Any = NamedTuple("Own", [("k", torch.Tensor)])
+    again.__module__, again.__qualname__ = Own.__module__, Own.__qualname__
+    states.register(again)
+    states.save(again(torch.ones(1)), tmp_path / "state")
+    assert type(states.load(tmp_path / "state")) is again
+
+
 def test_registered_types(own: None) -> None:
     class Other(NamedTuple):
         k: torch.Tensor

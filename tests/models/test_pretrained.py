@@ -336,6 +336,24 @@ def test_a_config_of_no_possible_model(tmp_path: Path, changes: dict[str, int], 
         LanguageModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["two_inputs", "bidirectional", "prenorm"])
+def test_flags_are_true_or_false(name: str) -> None:
+    for value in ("false", 1, None):
+        with pytest.raises(ValueError, match=f"{name}: expected True or False, got {value!r}"):
+            make(**{name: value})
+
+
+def test_infinity_is_written_as_json_has_it(tmp_path: Path) -> None:
+    model = LanguageModel(5, mixer="mamba2", d_model=32, mixer_kwargs={"dt_limit": [0.01, float("inf")]})
+    model.save_pretrained(tmp_path)
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is not JSON")
+
+    json.loads((tmp_path / CONFIG).read_text(), parse_constant=refuse)
+    assert LanguageModel.from_pretrained(tmp_path).config == model.config
+
+
 def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
     untied = LanguageModel(5, d_model=16, tie_embeddings=True)
     untied.head.weight = nn.Parameter(torch.randn(5, 16))

@@ -5,12 +5,14 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from linrnn.layers.base import positive_int
 from linrnn.layers.mamba import Mamba
 from linrnn.layers.mamba2 import Mamba2
 from linrnn.models.checkpoints.names import renamed
+from linrnn.models.config import json_value
 from linrnn.models.files import write_checkpoint
 from linrnn.models.language import LanguageModel
 from linrnn.models.weights import unique_tensors
@@ -91,6 +93,7 @@ def describe(model: LanguageModel) -> dict[str, Any]:
         "layer_norm_epsilon": eps,
         "hidden_act": "silu",
         "tie_word_embeddings": model.tie_embeddings,
+        "residual_in_fp32": model.embed.weight.dtype == torch.float32,  # ours is in the precision of the model
         "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
         **fields,
     }
@@ -116,11 +119,7 @@ def mamba_fields(mixer: Mamba) -> dict[str, Any]:
 
 def mamba2_fields(mixer: Mamba2, eps: float | None) -> dict[str, Any]:
     refuse("norm_eps", mixer.norm.eps, mixer.norm.eps == eps, f"that of the blocks' norms, {eps},")
-    limit = {}
-    if mixer.dt_limit is not None:
-        lower, upper = mixer.dt_limit
-        # JSON has no infinity; transformers writes it so
-        limit = {"time_step_limit": [lower, {"__float__": "Infinity"} if upper == float("inf") else upper]}
+    limit = {} if mixer.dt_limit is None else {"time_step_limit": json_value(list(mixer.dt_limit))}
     return {
         "model_type": "mamba2",
         "state_size": mixer.d_state,

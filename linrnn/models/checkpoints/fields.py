@@ -43,3 +43,16 @@ class Fields:
         value = self.get(name, allowed[0])
         if value not in allowed:
             raise ValueError(f"{name}: expected {' or '.join(map(repr, allowed))}, all we have, got {value!r}")
+
+    def start(self, **names: tuple[str, float]) -> dict[str, float]:
+        """Returns arguments that say how Δ starts, which saved weights do not depend on.
+
+        What could not be a start is passed over too: then all are the defaults.
+
+        Args:
+            names: {our argument: (their field, default)}; dt_min and dt_max among them.
+        """
+        values = {ours: self.get(theirs, default) for ours, (theirs, default) in names.items()}
+        if all(finite(value) and value > 0 for value in values.values()) and values["dt_min"] <= values["dt_max"]:
+            return {name: float(value) for name, value in values.items()}
+        return {ours: default for ours, (_, default) in names.items()}

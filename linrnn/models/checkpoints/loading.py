@@ -63,7 +63,8 @@ def load_pretrained(
     """
     place = Source(source, revision, dtype)
     folder = place.fetch([CONFIG, INDEX, *TOKENIZER_FILES])
-    family, config = find_family(read_json(folder / CONFIG), folder / CONFIG)
+    found = read_json(folder / CONFIG)
+    family, config = find_family(found, folder / CONFIG)
     files = weight_files(folder)
     if family is None:
         dtype = dtype or common_dtype(read_tensors(place.fetch(files), files, integers=True))
@@ -80,7 +81,7 @@ def load_pretrained(
             warnings.warn(f"{folder}: tie_word_embeddings is true, yet lm_head differs: it is not tied", stacklevel=2)
             model = build({**arguments, "tie_embeddings": False})
         model = fill(model, saved, str(folder), dtype or common_dtype(saved), device)
-    model.tokenizer = read_tokenizer(folder)
+    model.tokenizer = read_tokenizer(folder, official=found.get("model_type") in FAMILIES)
     return model.eval()
 
 

@@ -75,6 +75,7 @@ def test_round_trip(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
     for (name, p), (other_name, q) in zip(unique_tensors(model).items(), unique_tensors(again).items(), strict=True):
         assert name == other_name and p.dtype == q.dtype and torch.equal(p, q), name
     assert again.tie_embeddings == model.tie_embeddings and not again.training
+    assert json.loads((tmp_path / "config.json").read_text())["residual_in_fp32"] == (dtype == torch.float32)
     ids = torch.randint(V, (2, 9))
     assert torch.equal(model(ids)[0], again(ids)[0])
     export_transformers(again, tmp_path / "again")

@@ -281,3 +281,9 @@ def test_fields_that_cannot_be_honoured(module: Any, field: str, value: Any, mes
 def test_what_of_mamba_ssm_has_no_equivalent(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         original.to_transformers({"d_model": 32, "n_layer": 1, **fields})
+
+
+@pytest.mark.parametrize("module", [mamba, mamba2])
+@pytest.mark.parametrize("field", [{"time_step_min": 0.2}, {"time_step_max": -1.0}, {"time_step_min": "small"}])
+def test_how_steps_start_is_passed_over(module: Any, field: dict[str, Any]) -> None:
+    assert module.arguments(field) == module.arguments({})
