@@ -143,6 +143,14 @@ class Speculation:
             mask = torch.cat((mask, mask.new_ones(len(ids), len(guesses))), 1)
         self.acceptance.calls += 1
         h, after = self.model.features(ids, self.target, mask=mask)
+        if not h.isfinite().all():  # sums over time with weights of 0 bring NaN back to tokens that come before it
+            parts, after = [], self.target
+            for t in range(ids.shape[1]):
+                part, after = self.model.features(
+                    ids[:, t : t + 1], after, mask=mask if mask is None else mask[:, t : t + 1]
+                )
+                parts.append(part)
+            h = torch.cat(parts, 1)
         return self.model.read_out(h[:, -len(guesses) - 1 :]), after
 
     def _accept(self, logits: Tensor, guesses: list[Tensor], distributions: list[Tensor]) -> tuple[list[int], Tensor]:

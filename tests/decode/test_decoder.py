@@ -10,6 +10,7 @@ from torch import Tensor
 from linrnn import layers
 from linrnn.decode import graph
 from linrnn.decode import state as states
+from linrnn.decode._in_use import evaluating
 from linrnn.decode.decoder import Decoder
 from linrnn.decode.prefill import prefill_alone, prefill_together
 from linrnn.decode.prefix_cache import PrefixCache
@@ -403,6 +404,82 @@ def test_a_step_that_fails_late_changes_nothing(monkeypatch: pytest.MonkeyPatch,
     assert [decoder.retire(i).tokens.tolist() for i in (first, second)] == [
         [*request["ids"], *alone(model, request)] for request in requests
     ]
+
+
+@with_and_without_graphs
+def test_the_state_of_the_batch_stays_as_it_was(graphs: None) -> None:
+    model = some_model()
+    decoder = Decoder(model)
+    assert decoder.state is None
+    decoder.admit([1, 2, 3])
+    for _ in range(4):
+        decoder.step()
+    held = decoder.state
+    kept = states.clone(held)
+    decoder.step()
+    assert all(a.equal(b) for a, b in zip(states.leaves(held), states.leaves(kept), strict=True))
+
+
+def test_who_is_taken_out_while_waiting_has_no_state() -> None:
+    model = some_model()
+    decoder = Decoder(model, capacity=1)
+    decoder.admit([1])
+    waiting = decoder.admit([2, 3], state=model.init_state(1))
+    decoder.step()
+    assert decoder.waiting == (waiting,)
+    tokens, n_new, state, reason = decoder.retire(waiting)
+    assert (tokens.tolist(), n_new, state, reason) == ([2, 3], 0, None, "retired")
+
+
+def write(model: LanguageModel) -> None:
+    model(torch.tensor([[1]]))[0].sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        write,
+        lambda model: model.load_state_dict(some_model().state_dict()),
+        lambda model: model.load_state_dict(some_model().state_dict(), assign=True),
+        lambda model: model.bfloat16(),
+    ],
+    ids=["written", "loaded", "replaced", "converted"],
+)
+def test_a_model_that_changes(change: Any) -> None:
+    """Old constants beside new parameters would say what neither model says."""
+    model = some_model()
+    decoder = Decoder(model)
+    sequence = decoder.admit([1, 2])
+    decoder.step()
+    change(model)
+    with pytest.raises(
+        RuntimeError, match="model: its parameters were written to or moved since this decoder was made"
+    ):
+        decoder.step()
+    assert decoder.retire(sequence).n_new == 1
+    decoder = Decoder(model)
+    decoder.admit([1])
+    assert len(decoder.step()) == 1
+    with torch.inference_mode():  # counts no writes, and neither is there an error
+        alone(some_model(), {"ids": [1], "max_new_tokens": 2})
+
+
+def test_the_mode_is_that_of_the_last_user() -> None:
+    """As with threads, whose uses overlap."""
+    model = some_model()
+    model.embed.eval()
+    modules, before = list(model.modules()), [module.training for module in model.modules()]
+    first, second = evaluating(modules), evaluating(modules)
+    for use, training in (
+        (first.__enter__, False),
+        (second.__enter__, False),
+        (lambda: first.__exit__(None, None, None), False),
+    ):
+        use()
+        assert any(module.training for module in modules) == training
+    second.__exit__(None, None, None)
+    assert [module.training for module in modules] == before
 
 
 def test_the_mode_of_the_model() -> None:

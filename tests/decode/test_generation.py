@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from linrnn.decode import LiveBytes, generate
+from linrnn.decode import LiveBytes, generate, speculative
 from linrnn.decode import generation as module
 from linrnn.decode import state as states
 from linrnn.decode.sampling import Sampling, row_seed
@@ -242,6 +243,41 @@ def test_the_mode_of_the_model() -> None:
     assert not any(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("mixer", ["lru", "attention"])
+def test_any_default_device(mixer: str) -> None:
+    """The model's counts, and the CPU where numbers are drawn."""
+    model = some_model(mixer=mixer)
+    how: dict[str, Any] = {"temperature": 1.0, "repetition_penalty": 1.1, "eos_id": 3, "stop": [[1]], "pad_id": 0}
+    state = model.init_state(3)
+    prompts, expected = [[1, 2], [3], [4, 5, 6]], []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        with torch.device(device):
+            expected.append(text(model, prompts, 20, state=state, **how))
+            expected.append(speculative(model, model, prompts, 20, **how))  # type: ignore[arg-type]
+    assert expected[0].equal(expected[2]) and expected[1].equal(expected[3]) and expected[1].shape[1] > 5
+
+
+def test_arguments_of_other_libraries() -> None:
+    """Integers and compiled models."""
+    model, ids = some_model(), torch.randint(V, (2, 3))
+    how: dict[str, Any] = {"max_new_tokens": 9, "temperature": 1.0, "eos_id": 3, "pad_id": 5, "seed": 7, "top_k": 9}
+    expected = text(model, ids, how.pop("max_new_tokens"), **how)
+    for convert in (np.int64, torch.tensor):
+        other = {name: convert(value) if isinstance(value, int) else value for name, value in how.items()}
+        assert torch.equal(expected, text(model, ids, convert(9), **other))
+    assert torch.equal(expected, text(model, ids, 9, **{**how, "eos_id": np.array([3])}))
+    assert torch.equal(expected, text(model, [[np.int64(i) for i in row] for row in ids.tolist()], 9, **how))
+    assert torch.equal(expected, text(torch.compile(model), ids, 9, **how))  # type: ignore[arg-type]
+
+
+def test_nothing_is_allocated_ahead() -> None:
+    model = some_model()
+    ids = torch.randint(V, (1, 3))
+    eos = by_formula(model, ids, 6)[0, -1]
+    assert torch.equal(text(model, ids, 10**15, eos_id=eos), text(model, ids, 6, eos_id=eos))
+
+
 def test_no_rows() -> None:
     assert text(some_model(), torch.zeros(0, 4, dtype=torch.int64), 5).shape == (0, 4)
 
@@ -259,7 +295,7 @@ NO_BOS = "expected at least one token, got none; begin with a BOS token"
         ({"ids": []}, ValueError, "ids: expected at least one prompt, got an empty list"),
         ({"ids": [1, 2]}, TypeError, r"ids: expected a tensor \(batch, time\) or a list of prompts, got list"),
         ({"ids": IDS[0]}, ValueError, r"ids: expected token ids of shape \(batch, time\), got \(3,\)"),
-        ({"ids": IDS + V}, ValueError, f"ids, row 0: expected ids from 0 to {V - 1}, got {V + 1}"),
+        ({"ids": IDS + V}, ValueError, f"ids, row 0: .* to {V - 1}, got {V + 1}; mark padding with mask"),
         ({"ids": [[1], [-1]], "pad_id": 0}, ValueError, f"ids, row 1: expected ids from 0 to {V - 1}, got -1"),
         ({"ids": [[1], [1, 2]]}, ValueError, "pad_id: expected an integer, since the prompts differ in length"),
         ({"ids": [[1]], "mask": IDS[:1, :1] > 0}, ValueError, "mask: expected None with a list of prompts"),
@@ -270,6 +306,11 @@ NO_BOS = "expected at least one token, got none; begin with a BOS token"
         ({"top_k": 0}, ValueError, "top_k: expected an integer >= 1"),
         ({"top_p": 0.0}, ValueError, "top_p: expected a number in"),
         ({"eos_id": V}, ValueError, f"eos_id: expected ids from 0 to {V - 1}, got {V}"),
+        ({"eos_id": 0.5}, ValueError, f"eos_id: expected ids from 0 to {V - 1}, got 0.5"),
+        ({"eos_id": torch.tensor(V)}, ValueError, f"eos_id: expected ids from 0 to {V - 1}, got {V}"),
+        ({"ids": [[1], [V]]}, ValueError, f"ids, row 1: expected ids from 0 to {V - 1}, got {V}$"),
+        ({"ids": [[2**70]]}, ValueError, f"ids, row 0: expected ids from 0 to {V - 1}, got {2**70}"),
+        ({"stop": [[]]}, ValueError, "stop: expected at least one token, got none$"),
         ({"pad_id": 0.5}, ValueError, "pad_id: expected an integer or None, got 0.5"),
         ({"stop": [[1]]}, ValueError, "pad_id: expected an integer, since stop ends rows apart"),
         ({"seed": 0.5, "temperature": 1.0}, ValueError, "seed: expected an integer .*, got 0.5"),

@@ -1,6 +1,7 @@
 """A captured step: the same tokens as the model's own steps, and a state that is copied in when it is another one."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -94,6 +95,18 @@ def test_what_is_refused(uncaptured: None) -> None:
         step(torch.zeros(3, dtype=torch.int64), LanguageModel(V, mixer="lru").init_state(3))
     with pytest.raises(ValueError, match="state: expected shapes"):
         step(torch.zeros(2, dtype=torch.int64), LanguageModel(V, mixer="lru").init_state(3))
+
+
+def test_a_capture_leaves_others_alone() -> None:
+    """On the model's device, whichever is the current one; and other threads may allocate."""
+    with pytest.MonkeyPatch.context() as patch:
+        cuda = mock.MagicMock()
+        patch.setattr(torch, "cuda", cuda)
+        run = mock.Mock(side_effect=lambda: cuda.device.return_value.__exit__.assert_not_called())
+        graph.capture(run, torch.device("cuda:1"))
+    cuda.device.assert_called_once_with(torch.device("cuda:1"))
+    assert cuda.graph.call_args.kwargs == {"stream": cuda.Stream.return_value, "capture_error_mode": "thread_local"}
+    assert run.call_count == graph.WARM_UPS + 1
 
 
 def test_no_gpu_is_named() -> None:

@@ -49,6 +49,14 @@ class Everything:
         self.kept = [*self.kept, ids][-self.entries :]
 
 
+def test_the_model_moves() -> None:
+    """States stay where they were put, and are brought to the model."""
+    model, cache = language_model("lru"), PrefixCache(1 << 20)
+    cache.put([1, 2, 3], prefill_alone(model, torch.tensor([1, 2, 3]), None, 8))
+    state = prefill_alone(model.to("meta"), torch.tensor([1, 2, 3]), None, 8, cache)
+    assert cache.statistics.hits == 1 and all(leaf.is_meta for leaf in states.leaves(state))
+
+
 @pytest.mark.parametrize("entries", [1, 3, 50])
 def test_finds_what_a_list_finds(entries: int) -> None:
     """16 bytes a state, so that max_bytes says how many."""

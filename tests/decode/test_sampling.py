@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from linrnn.decode.sampling import BadLogits, Sampling, draw, generator, global_seed, row_seed
+from linrnn.decode.sampling import BadLogits, Sampling, as_integer, draw, generator, global_seed, row_seed
 
 
 def expected(logits: Tensor, ids: Tensor, sampling: Sampling) -> Tensor:
@@ -82,7 +83,8 @@ def test_greedy(dtype: torch.dtype) -> None:
 def test_any_temperature() -> None:
     """Neither the smallest nor the largest overflow."""
     logits = torch.tensor([[1000.0, 999.0, -1000.0]])
-    assert Sampling(1e-40).probabilities(logits).tolist() == [[1, 0, 0]]
+    for temperature in (1e-40, 1e-50, 5e-324):
+        assert Sampling(temperature).probabilities(logits).tolist() == [[1, 0, 0]]
     assert Sampling(1.0, top_p=1e-12).probabilities(logits).tolist() == [[1, 0, 0]]
     torch.testing.assert_close(Sampling(1e30).probabilities(logits), torch.full((1, 3), 1 / 3))
 
@@ -149,6 +151,14 @@ def test_seeds_of_rows() -> None:
 def test_bad_options(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**arguments)
+
+
+@pytest.mark.parametrize("three", [3, np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor(3, dtype=torch.int32)])
+def test_integers_of_any_library(three: Any) -> None:
+    assert type(as_integer(three)) is int and as_integer(three) == 3 == Sampling(1.0, top_k=three).top_k
+    assert row_seed(three, 1) == row_seed(3, 1)
+    for other in (True, np.True_, torch.tensor(True), 3.0, np.float64(3), torch.tensor(3.0), torch.tensor([3]), "3"):
+        assert as_integer(other) is None
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

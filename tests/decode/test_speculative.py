@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linrnn import layers
-from linrnn.decode import _speculation
+from linrnn.decode import _speculation, graph
 from linrnn.decode import state as states
 from linrnn.decode._speculation import Speculation
 from linrnn.decode.generation import generate
@@ -295,6 +295,41 @@ def test_logits_that_are_no_numbers(which: str) -> None:
     )
     with pytest.raises(ValueError, match=place):
         speculative(**models, ids=[[1, 2], [5]], max_new_tokens=3, pad_id=0)
+
+
+@pytest.mark.parametrize("mixer", ["lru", "attention"])
+def test_what_nobody_says_may_be_no_numbers(mixer: str) -> None:
+    """Behind a refused guess, and behind the end of a row; but not behind a token that is read."""
+    model, draft, plain = (language_model(mixer, vocab_size=101) for _ in range(3))
+    prompt = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        model.embed.weight[0], draft.head.weight[:] = torch.nan, 0  # the draft guesses 0 every time
+        model.head.weight[0] = plain.head.weight[0] = 0
+    counts = Acceptance()
+    ours = speculative(model, draft, prompt, 8, acceptance=counts)
+    assert torch.equal(ours, generate(plain, prompt, 8)) and counts.accepted == 0 and 0 not in ours
+    text = ours[0, 3:].tolist()
+    last = next(n for n in range(8) if text[n] not in [*text[:n], 1, 2, 3])
+    with torch.no_grad():
+        model.embed.weight[text[last]] = torch.nan
+    ours = speculative(model, plain, prompt, 8, eos_id=text[last])
+    assert ours[0, 3:].tolist() == text[: last + 1]
+    for ended in (generate, lambda *args: speculative(args[0], plain, *args[1:])):
+        with pytest.raises(ValueError, match=rf"logits: .* at its new token {last + 1}$"):
+            ended(model, prompt, 8)
+
+
+@pytest.mark.parametrize("mixer", ["lru", "mamba"])
+def test_the_draft_in_a_graph(mixer: str, uncaptured: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffers are written to by each guess, and the states around the guesses are kept."""
+    monkeypatch.setattr(graph, "PATIENCE", 2)
+    model = language_model(mixer)
+    counts = Acceptance()
+    ours = speculative(model, good_draft(model, mixer), PROMPTS, 20, n_draft=3, pad_id=0, acceptance=counts)
+    assert torch.equal(ours, generate(model, PROMPTS, 20, pad_id=0, graphs=False))
+    whole = Acceptance()
+    speculative(model, good_draft(model, mixer), PROMPTS, 20, n_draft=3, pad_id=0, acceptance=whole, graphs=False)
+    assert counts == whole and counts.accepted > 0
 
 
 @pytest.mark.parametrize(
