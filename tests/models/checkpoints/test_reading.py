@@ -242,11 +242,12 @@ def test_filters_over_several_channels(tmp_path: Path, mixer: str) -> None:
         load_pretrained(tmp_path)
 
 
-def test_a_tied_head_of_nan(folder: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tied_head_of_nan(folder: Path, dtype: torch.dtype) -> None:
     saved = load_file(folder / "model.safetensors")
     saved["backbone.embeddings.weight"][0, 0] = float("nan")
     edit(folder / "config.json", tie_word_embeddings=True)
-    saved["lm_head.weight"] = saved["backbone.embeddings.weight"].clone()
+    saved["lm_head.weight"] = saved["backbone.embeddings.weight"].to(dtype, copy=True)
     save_file(saved, folder / "model.safetensors")
     assert load_pretrained(folder).tie_embeddings
 
