@@ -8,6 +8,7 @@ Models of 130M parameters with random weights, one sequence, greedy. Mamba has o
 transformers (exported by `models.export_transformers`), and its first tokens are compared: unequal ones stop the run.
 LRU and the Transformers are as large, within 3 %. What is timed is the time between two tokens of each library's own
 `generate`, which includes all that it does for a token; the median of a run, the fastest of the runs, which take turns.
+The first token of a run is timed for nobody: theirs reads a prompt, ours copies the given cache to where it can grow.
 
 A context of n tokens is a cache of n random keys and values; a state of fixed size is what it is behind any context, so
 that nothing has to be read for it. The first row of each table says what reading all weights once takes, as a
@@ -28,6 +29,7 @@ import common
 import torch
 from torch import Tensor, nn
 
+from linrnn.decode import GraphedStep
 from linrnn.decode import state as states
 from linrnn.decode.plan import show_bytes
 from linrnn.models import LanguageModel, count_params, export_transformers
@@ -57,15 +59,12 @@ def ours(name: str, model: LanguageModel, graphed: bool = False) -> Contestant:
         return state if model.state_size is not None else cached(state, context)
 
     def run(context: int, n: int) -> Intervals:
+        if graphed:
+            return intervals(greedy(GraphedStep(model, 1), behind(context), n + 1))
         prompt = torch.ones(1, 1, dtype=torch.int64, device=model.embed.weight.device)
-        return intervals(model.generate(prompt, n + 1, state=behind(context), stream=True), prompt.device)
+        return intervals(model.generate(prompt, n + 1, state=behind(context), stream=True, graphs=False))
 
-    def run_graph(context: int, n: int) -> Intervals:
-        from linrnn.decode.graph import GraphedStep
-
-        return intervals(greedy(GraphedStep(model, 1), behind(context), n + 1), model.embed.weight.device)
-
-    return Contestant(name, model, run_graph if graphed else run, lambda context: states.nbytes(behind(context)))
+    return Contestant(name, model, run, lambda context: states.nbytes(behind(context)))
 
 
 def cached(state: Any, context: int) -> Any:
@@ -88,8 +87,8 @@ def greedy(step: Callable[[Tensor, Any], tuple[Tensor, Any]], state: Any, n: int
         yield ids
 
 
-def intervals(tokens: Iterator[Tensor], device: torch.device) -> Intervals:
-    """Seconds between tokens as they come out; the first, which includes what starts the run, is left out."""
+def intervals(tokens: Iterator[Tensor]) -> Intervals:
+    """Seconds between tokens as they come out, from the first on: what it takes to start the run is left out."""
     times = []
     for token in tokens:
         token.tolist()  # what a user who prints it waits for
@@ -129,16 +128,8 @@ def theirs(name: str, model: nn.Module, keeps_cache: bool) -> Contestant:
         clock = Clock()
         ids = torch.ones(1, context + 1 if keeps_cache else 8, dtype=torch.int64, device=device)
         own = {"past_key_values": cache(context)} if keeps_cache else {}
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=n + 2,
-            min_new_tokens=n + 2,
-            do_sample=False,
-            pad_token_id=0,
-            streamer=clock,
-            **own,
-        )
+        how = {"max_new_tokens": n + 2, "min_new_tokens": n + 2, "do_sample": False, "pad_token_id": 0}
+        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **how, **own)
         # the prompt is put first, then the token of the prefill
         return [b - a for a, b in itertools.pairwise(clock.times[1:])]
 
@@ -230,23 +221,21 @@ def measure(found: list[Contestant], contexts: list[int], tokens: int, turns: in
 
 
 def table(found: list[Contestant], contexts: list[int], read: float) -> list[str]:
+    columns, rule = " | ".join(f"{n} tokens" for n in contexts), " | ".join("---:" for _ in contexts)
     lines = [
         f"Reading Mamba's weights once (matrix-vector products of the same bytes): {read:.2f} ms, {1e3 / read:.1f} "
         "times a second.",
         "",
         "Tokens per second, and in brackets the bytes of the state:",
         "",
-        f"| | parameters | {' | '.join(f'{n} tokens' for n in contexts)} |",
-        f"| --- | ---: | {' | '.join('---:' for _ in contexts)} |",
+        f"| | parameters | {columns} |",
+        f"| --- | ---: | {rule} |",
     ]
     for c in found:
         cells = [f"{1e3 / c.ms[n]:.1f} ({show_bytes(c.bytes[n])})" for n in contexts]
         lines.append(f"| {c.name} | {count_params(c.model) / 1e6:.1f}M | {' | '.join(cells)} |")
     lines += ["", "Ratios to linrnn's Mamba (above 1: more tokens per second):", ""]
-    lines += [
-        f"| | {' | '.join(f'{n} tokens' for n in contexts)} |",
-        f"| --- | {' | '.join('---:' for _ in contexts)} |",
-    ]
+    lines += [f"| | {columns} |", f"| --- | {rule} |"]
     lines += [f"| {c.name} | {' | '.join(f'{found[0].ms[n] / c.ms[n]:.2f}' for n in contexts)} |" for c in found[1:]]
     return lines
 

@@ -33,7 +33,7 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class Watch:
-    """Notices that a model's parameters or buffers were written to, moved or replaced, about 0.2 us for each of them.
+    """Notices that a model's parameters or buffers were written to, moved or replaced: 0.2 us for each of them.
 
     What goes around torch's count of writes (through `.data`, and fused optimizers) is not noticed.
     """
@@ -41,18 +41,18 @@ class Watch:
     def __init__(self, model: nn.Module):
         places = [place for module in model.modules() for place in (module._parameters, module._buffers)]
         self._places = [(place, key) for place in places for key, tensor in place.items() if tensor is not None]
-        self._before = self._now()
+        tensors = self._tensors()
+        self._counted = not any(tensor.is_inference() for tensor in tensors)  # those made in inference mode are not
+        self._pointers, self._versions = [tensor.data_ptr() for tensor in tensors], self._count(tensors)
 
     def changed(self) -> bool:
         """Says whether something was since this was made."""
-        return self._now() != self._before
+        tensors = self._tensors()
+        return self._pointers != [tensor.data_ptr() for tensor in tensors] or self._versions != self._count(tensors)
 
-    def _now(self) -> list[tuple[int, int]]:
-        return [_mark(place[key]) for place, key in self._places]
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for place, key in self._places if (tensor := place.get(key)) is not None]
 
-
-def _mark(tensor: Tensor | None) -> tuple[int, int]:
-    """Returns where a tensor is and how often it was written to; tensors of the inference mode do not count that."""
-    if tensor is None:
-        return 0, 0
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    def _count(self, tensors: list[Tensor]) -> int:
+        """Returns how often tensors were written to, which only grows."""
+        return sum([tensor._version for tensor in tensors]) if self._counted else 0

@@ -461,8 +461,9 @@ def test_a_model_that_changes(change: Any) -> None:
     decoder = Decoder(model)
     decoder.admit([1])
     assert len(decoder.step()) == 1
-    with torch.inference_mode():  # counts no writes, and neither is there an error
-        alone(some_model(), {"ids": [1], "max_new_tokens": 2})
+    with torch.inference_mode():  # its tensors count no writes
+        unwatched = some_model()
+    alone(unwatched, {"ids": [1], "max_new_tokens": 2})
 
 
 def test_the_mode_is_that_of_the_last_user() -> None:
