@@ -9,6 +9,12 @@ from torch import Tensor
 from linrnn.decode import graph
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of tests are short: the first step at a size runs as it is, the second is captured."""
+    monkeypatch.setattr(graph, "PATIENCE", 1)
+
+
 @pytest.fixture
 def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of a capture, the calls themselves, writing their result to one buffer as a graph does."""

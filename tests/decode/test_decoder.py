@@ -66,7 +66,7 @@ def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Steps run as if they were CUDA graphs, in buffers that the next one writes to, if the test asks for it."""
     if request.param:
         request.getfixturevalue("uncaptured")
-        monkeypatch.setattr(graph, "PATIENCE", 1)  # steps as they are, then in a graph
+        monkeypatch.setattr(graph, "PATIENCE", 0)
 
 
 with_and_without_graphs = pytest.mark.parametrize("graphs", [False, True], indirect=True, ids=["eager", "graphs"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linrnn import layers
-from linrnn.decode import _speculation, graph
+from linrnn.decode import _speculation
 from linrnn.decode import state as states
 from linrnn.decode._speculation import Speculation
 from linrnn.decode.generation import generate
@@ -320,9 +320,8 @@ def test_what_nobody_says_may_be_no_numbers(mixer: str) -> None:
 
 
 @pytest.mark.parametrize("mixer", ["lru", "mamba"])
-def test_the_draft_in_a_graph(mixer: str, uncaptured: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_draft_in_a_graph(mixer: str, uncaptured: None) -> None:
     """Its buffers are written to by each guess, and the states around the guesses are kept."""
-    monkeypatch.setattr(graph, "PATIENCE", 2)
     model = language_model(mixer)
     counts = Acceptance()
     ours = speculative(model, good_draft(model, mixer), PROMPTS, 20, n_draft=3, pad_id=0, acceptance=counts)
