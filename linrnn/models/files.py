@@ -83,7 +83,7 @@ def temporary(path: Path) -> Iterator[Path]:
     try:
         yield name
     except OSError as error:
-        if error.filename != str(name):
+        if error.filename not in (None, str(name)):
             raise
         raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
     finally:
