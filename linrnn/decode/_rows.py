@@ -98,8 +98,3 @@ def _seen(row: Row) -> Tensor:
 def _generator(row: Row) -> torch.Generator:
     assert row.generator is not None
     return row.generator
-
-
-def index(rows: Sequence[int]) -> Tensor:
-    """Returns numbers of rows as states take them, on the CPU whatever torch's default device is."""
-    return torch.tensor(rows, dtype=torch.int64, device="cpu")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from linrnn.decode import state as states
-from linrnn.decode._rows import index
 from linrnn.decode.graph import GraphedSteps, fast_step
 from linrnn.decode.sampling import BadLogits, Sampling, draw
 from linrnn.layers.base import State
@@ -110,8 +109,8 @@ class Speculation:
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """Goes on with these rows only."""
-        self.target = trimmed(states.select(self.target, index(rows)), self.model)
-        self.guess = trimmed(states.select(self.guess, index(rows)), self.draft)
+        self.target = trimmed(states.select(self.target, rows), self.model)
+        self.guess = trimmed(states.select(self.guess, rows), self.draft)
         self.tails = [self.tails[row] for row in rows]
         self.generators = [self.generators[row] for row in rows]
         if self.seen is not None:
@@ -200,7 +199,7 @@ class Speculation:
         if len(through) == len(new):
             self.target = after
         elif through:
-            self.target = states.put(self.target, index(through), states.select(after, index(through)))
+            self.target = states.put(self.target, through, states.select(after, through))
         for row, tokens in enumerate(new):
             self.tails[row] = tokens[-1:] if row in through else self.tails[row] + tokens
         if max(map(len, self.tails)) > LONGEST_TAIL:
@@ -223,7 +222,7 @@ class Speculation:
         together = states.concatenate([snapshots[n] for n in used])
         B = len(accepted)
         rows = [used.index(n + 1) * B + row for row, n in enumerate(accepted)]
-        self.guess = trimmed(states.select(together, index(rows)), self.draft)
+        self.guess = trimmed(states.select(together, rows), self.draft)
 
     def _padded(self, tails: list[list[int]]) -> tuple[Tensor, Tensor | None]:
         """Returns tails as ids (B, T), padded on the left, and their mask, None if they are of one length."""

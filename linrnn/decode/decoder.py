@@ -8,7 +8,7 @@ from torch import Tensor
 from linrnn.decode import state as states
 from linrnn.decode._in_use import Watch, evaluating
 from linrnn.decode._requests import as_eos, as_model, as_prompt, as_stop
-from linrnn.decode._rows import Decoded, Event, Row, choose, index
+from linrnn.decode._rows import Decoded, Event, Row, choose
 from linrnn.decode.graph import GraphedSteps, fast_step
 from linrnn.decode.prefill import CHUNK, prefill_alone, prefill_together
 from linrnn.decode.prefix_cache import PrefixCache
@@ -247,7 +247,7 @@ class Decoder:
         """Returns the state of some rows, without columns that growing caches had for others; None for none."""
         if not rows:
             return None
-        part = states.select(state, index(rows))
+        part = states.select(state, rows)
         return states.trim(part, self.model) if self.model.state_size is None else part
 
     def retire(self, sequence: int) -> Decoded:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from linrnn.decode import state as states
 from linrnn.decode._requests import as_model, as_request
-from linrnn.decode._rows import index
 from linrnn.decode.decoder import Decoder
 from linrnn.decode.sampling import Sampling
 from linrnn.layers.base import State
@@ -83,7 +82,7 @@ def generate(
             seed=own,
             eos_id=request.eos,
             stop=request.stop,
-            state=None if state is None else states.select(state, index([i])),
+            state=None if state is None else states.select(state, [i]),
             keep_state=False,
         )
     new = columns(decoder, B, request.n, request.pad, progress if progress is not None or not stream else False)

@@ -203,7 +203,11 @@ def to(state: State, device: torch.device | str | None = None, dtype: torch.dtyp
 def _index(rows: Tensor | Sequence[int] | Sequence[bool], n: int | None) -> Tensor:
     """Returns rows of n sequences as a tensor of integers or of n bools."""
     try:
-        index = rows if isinstance(rows, Tensor) else torch.tensor(rows, dtype=torch.int64 if not len(rows) else None)
+        index = (
+            rows
+            if isinstance(rows, Tensor)
+            else torch.tensor(rows, dtype=torch.int64 if not len(rows) else None, device="cpu")
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"rows: expected integers or bools, got {describe(rows)}") from error
     if index.is_floating_point() or index.is_complex():

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from linrnn.decode.fingerprint import differences, fingerprint, update
 from linrnn.decode.state_types import known, map_leaves
-from linrnn.layers.base import State
-from linrnn.models.files import write_whole
+from linrnn.layers.base import RecurrentLayer, State
+from linrnn.models.files import unreadable, write_whole
+from linrnn.models.language import LanguageModel
 
 FORMAT = "linrnn.state"
 # 1: structure, model and digest in the metadata; complex tensors as pairs of real ones
@@ -32,17 +33,21 @@ def save(state: State, file: str | os.PathLike[str], *, model: nn.Module | None 
         model: whose state it is. Its `fingerprint` goes along, so that `load` can refuse the state of another one.
 
     Raises:
-        TypeError: something in the state is no tensor, tuple, list, dict with strings as keys, or None; or it is a
-            NamedTuple of an unknown type (`register` makes one known).
+        ValueError: the state does not fit the model.
+        TypeError: the state is none of the model's, or something in it is no tensor, tuple, list, dict with strings as
+            keys, or None; or it is a NamedTuple of an unknown type (`register` makes one known).
     """
     from safetensors.torch import save as to_bytes
 
     from linrnn import __version__
+    from linrnn.decode.state import batch_size
 
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_describe(state, "state", tensors))
     metadata = {"format": FORMAT, "version": str(VERSION), "linrnn": __version__, "structure": structure}
     if model is not None:
+        if state is not None and isinstance(model, (LanguageModel, RecurrentLayer)):
+            model.check_state(state, batch_size(state))
         metadata["model"] = fingerprint(model, fresh=True)
     metadata["digest"] = _digest(tensors, metadata)
     write_whole(Path(file), to_bytes(tensors, metadata=metadata))
@@ -135,17 +140,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the tensors and metadata of a file of a state that is whole."""
     from safetensors import SafetensorError, safe_open
 
-    with path.open("rb") as file:
-        head = file.read(4)
     try:
         with safe_open(path, framework="pt") as opened:
             metadata: dict[str, str] = opened.metadata() or {}
             # safetensors maps the file into memory: copies live on when it is replaced
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
     except SafetensorError as error:
-        if head == b"PK\x03\x04" or head[:1] == b"\x80":
-            raise ValueError(f"{path}: expected a safetensors file, got a pickle, which could run any code") from error
-        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from error
+        raise ValueError(unreadable(path, error)) from error
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path}: expected a state that `linrnn.decode.state.save` wrote, got another safetensors file"

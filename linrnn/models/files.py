@@ -121,3 +121,15 @@ def write_whole(path: Path, data: bytes) -> None:
         synchronize(name)
         os.replace(name, path)
         synchronize(path.parent)
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """Says what a file is that safetensors does not take."""
+    with path.open("rb") as file:
+        head = file.read(24)
+    # the header of a safetensors file, JSON, begins behind its length, 8 bytes that may look like those of a pickle
+    if head.startswith(b"PK\x03\x04") or (head.startswith(b"\x80") and head[8:9] != b"{"):
+        return f"{path}: expected a safetensors file, got a pickle, which could run any code"
+    if head.startswith(b"version https://git-lfs"):
+        return f"{path}: expected a safetensors file, got a pointer to one; fetch the file itself with `git lfs pull`"
+    return f"{path}: damaged or not a safetensors file ({error})"

@@ -100,7 +100,10 @@ class LanguageModel(Pretrained):
             nn.init.normal_(self.head.weight, std=d_model**-0.5)
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Writes config.json, the weights and the tokenizer, if there is one; see `Pretrained.save_pretrained`."""
+        """Writes config.json, the weights and the tokenizer, if there is one; see `Pretrained.save_pretrained`.
+
+        `load_pretrained` gives the tokenizer back, `from_pretrained` the model alone.
+        """
         super().save_pretrained(folder, **kwargs)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
@@ -192,6 +195,10 @@ class LanguageModel(Pretrained):
     def init_state(self, batch_size: int) -> State:
         """Returns the state before the first token, on the device and in the precision of the model."""
         return self.backbone.init_state(batch_size)
+
+    def check_state(self, state: State, batch_size: int) -> None:
+        """Raises TypeError or ValueError unless `state` is one of this model, for this batch."""
+        self.backbone.check_state(state, batch_size)
 
     @property
     def state_size(self) -> int | None:

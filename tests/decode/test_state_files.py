@@ -229,3 +229,10 @@ def test_between_devices(tmp_path: Path) -> None:
     pool = states.put(there.init_state(3), torch.tensor([2, 0]), on_gpu)
     y = there.step(ids[[1, 0, 0], 0].cuda(), states.trim(pool, there))[0]
     torch.testing.assert_close(y[[2, 0]].cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_state_is_saved_as_that_of_its_own_model_only(tmp_path: Path) -> None:
+    model, other = (LanguageModel(7, d_model=16, mixer=mixer) for mixer in ("mamba", "lru"))
+    with pytest.raises(TypeError, match=r"state\[0\]: state: expected MambaState or None, got LRUState"):
+        states.save(other.init_state(2), tmp_path / "state", model=model)
+    assert not (tmp_path / "state").exists()

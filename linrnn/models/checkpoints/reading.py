@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from linrnn.models.files import INDEX, WEIGHTS
+from linrnn.models.files import INDEX, WEIGHTS, unreadable
 
 SPECIAL_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
@@ -80,7 +80,7 @@ def read_tensors(folder: Path, files: Sequence[str], *, integers: bool = False) 
                         raise ValueError(f"{path}: {name} stands in another file of this checkpoint too")
                     saved[name] = opened.get_tensor(name)
         except SafetensorError as error:
-            raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from error
+            raise ValueError(unreadable(path, error)) from error
     if list(files) != [WEIGHTS]:
         absent = sorted(set(read_json(folder / INDEX)["weight_map"]) - set(saved))
         if absent:
