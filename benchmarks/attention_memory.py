@@ -1,6 +1,6 @@
 """Decoding softmax attention with five memories: tokens per second and bytes of state, and the curve between them.
 
-    pip install -e '.[bench]' && python benchmarks/attention_memory.py       # minutes; writes benchmarks/results/ and docs/
+    pip install -e '.[bench]' && python benchmarks/attention_memory.py  # minutes; writes results and docs/
     python benchmarks/attention_memory.py --lengths 128 --no-write           # one length
 
 Each row is one token decoded behind so many: "kv" and "inputs" after a prefill, the others from the token ids alone.
