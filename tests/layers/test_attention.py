@@ -218,5 +218,5 @@ def test_states_of_other_attentions_are_refused() -> None:
     with pytest.raises(ValueError, match="state: expected k, v of one length, got \\[3, 2\\]"):
         layer(x, state._replace(v=state.v[:, 1:]))
     other = Attention(16, n_heads=2, window=4, sink=1)
-    with pytest.raises(ValueError, match="state.sink_k: expected None"):
+    with pytest.raises(ValueError, match=r"state\.sink_k: expected None"):
         layer(x, other(x)[1])
