@@ -281,7 +281,7 @@ def test_no_races(races, plan):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ("address", "threads"))
+@pytest.mark.parametrize("mode", ("address", pytest.param("threads", marks=pytest.mark.exhaustive)))
 def test_sanitizers(host_folder, mode):
     skip_without_compiler()
     root = str(Path(__file__).parents[2])

@@ -238,9 +238,11 @@ class Tripwire:
 def test_damaged_weights(tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
     data = (tmp_path / WEIGHTS).read_bytes()
-    for damaged in (b"", data[:100], data[:-1], pickle.dumps({"head.weight": Tripwire()})):
-        (tmp_path / WEIGHTS).write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"model\.safetensors: damaged or not a safetensors file"):
+    damaged = r"model\.safetensors: damaged or not a safetensors file"
+    foreign = pickle.dumps({"head.weight": Tripwire()})
+    for content, message in ((b"", damaged), (data[:100], damaged), (data[:-1], damaged), (foreign, "got a pickle")):
+        (tmp_path / WEIGHTS).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
             SequenceClassifier.from_pretrained(tmp_path)
 
 
