@@ -33,7 +33,7 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class Watch:
-    """Notices that a model's parameters or buffers were written to, moved or replaced: 0.2 us for each of them.
+    """Notices that a model's parameters or buffers were written to, moved or replaced.
 
     What goes around torch's count of writes (through `.data`, and fused optimizers) is not noticed.
     """

@@ -55,19 +55,19 @@ def to_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": fields.flag("tie_embeddings", True),
     }
     if layer == "Mamba1":
-        return {"model_type": "mamba", **common, **renamed(options, MAMBA)}
+        return {"model_type": "mamba", **common, **options_of_transformers(options, MAMBA)}
     mixer = Fields(options)
     for name, value in (("rmsnorm", True), ("norm_before_gate", False), ("D_has_hdim", False), ("d_ssm", None)):
         mixer.only(name, value)
         options.pop(name, None)
     # what differs between the defaults of the two packages
     defaults = {"state_size": 128, "head_dim": 64, "n_groups": 1, "expand": 2}
-    translated = {"model_type": "mamba2", **common, **defaults, **renamed(options, MAMBA2)}
+    translated = {"model_type": "mamba2", **common, **defaults, **options_of_transformers(options, MAMBA2)}
     d_inner = translated["hidden_size"] * Fields(translated).integer("expand", 2)
     return {**translated, "num_heads": d_inner // Fields(translated).integer("head_dim", 64)}
 
 
-def renamed(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def options_of_transformers(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Maps the options of a mixer to transformers' names, or raises ValueError naming those that it has not."""
     unknown = sorted(set(options) - set(names))
     if unknown:
